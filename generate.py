@@ -1,0 +1,113 @@
+"""Text from a checkpoint, in a terminal.
+
+python generate.py --checkpoint runs/sample --prompt "def main("
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model import KVCache, Transformer
+from model_utils import load_model, pick_device
+from tokenizer import Tokenizer
+
+
+def sample_next(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Next ids (B,) from logits (B, V): the likeliest at temperature 0, else drawn from the nucleus, the smallest
+    set of ids whose probabilities reach `top_p` (Holtzman et al., arXiv 1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        ranked, ids = probabilities.sort(dim=-1, descending=True)
+        before = ranked.cumsum(-1) - ranked  # probability of all likelier ids; 0 for the first, which thus always stays
+        ranked = ranked.where(before < top_p, 0)
+        return ids.gather(-1, torch.multinomial(ranked, 1, generator=generator)).squeeze(-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """Continue prompts of any lengths in one batch; return each one's new ids, without the stop token that ended it.
+
+    A row ends at a stop token, after `max_new_tokens`, or where its prompt and new ids fill `max_seq_len`.
+
+    Raises:
+        ValueError: a prompt is empty or fills the context.
+    """
+    longest = model.config.max_seq_len
+    for prompt in prompts:
+        if not 0 < len(prompt) < longest:
+            raise ValueError(f"a prompt of {len(prompt)} tokens: give 1 to {longest - 1}, the model's context less one")
+    parameter = model.output.weight
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=parameter.device)
+    padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=parameter.device)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    cache_len = min(longest, padded.shape[1] + max_new_tokens)
+    cache = KVCache(model.config, len(prompts), cache_len, parameter.device, parameter.dtype)
+
+    stop = torch.tensor(list(stop_tokens), dtype=torch.int64, device=parameter.device)
+    hidden = model.hidden(padded, cache=cache)[torch.arange(len(prompts)), lengths - 1]  # (B, D), each row's last
+    new = [sample_next(model.output(hidden), temperature, top_p, generator)]
+    ended = torch.isin(new[0], stop) | (lengths == longest - 1)
+    while len(new) < max_new_tokens and not ended.all():
+        # A row that has ended goes on to the others' end, within the cache; what it adds is cut off below.
+        hidden = model.hidden(new[-1][:, None], cache=cache, start=lengths.clamp(max=cache_len - 1))
+        lengths = lengths + 1
+        new.append(sample_next(model.output(hidden[:, 0]), temperature, top_p, generator))
+        ended |= torch.isin(new[-1], stop) | (lengths >= longest - 1)
+    texts = []
+    for prompt, ids in zip(prompts, torch.stack(new, dim=1).tolist(), strict=True):
+        ids = ids[: longest - len(prompt)]
+        texts.append(ids[: next((i for i, token in enumerate(ids) if token in stop_tokens), len(ids))])
+    return texts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a .pt file, or a run directory for its newest checkpoint")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest id (default: 0.8)")
+    parser.add_argument("--top_p", type=float, default=0.95, help="probability of the nucleus, 0 to 1 (default: 0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed, the same text (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    args = parser.parse_args()
+    if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--max_new_tokens must be at least 1, --temperature 0 or more, --top_p above 0 and at most 1")
+    try:
+        device = pick_device(args.device)
+        model, _ = load_model(args.checkpoint, device)
+        tokenizer = Tokenizer(vocab_size=model.config.vocab_size)
+        prompt = tokenizer.encode(args.prompt, bos=True)
+        [ids] = generate(
+            model,
+            [prompt],
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            stop_tokens=tokenizer.stop_tokens,
+            generator=torch.Generator(device).manual_seed(args.seed),
+        )
+    except (ValueError, OSError) as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        return 1
+    print(args.prompt + tokenizer.decode(ids))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

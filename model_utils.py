@@ -1,0 +1,365 @@
+"""What a run needs around the model: processes and devices, optimizers and schedule, checkpoints, logging."""
+
+import json
+import os
+import random
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from files import atomic_write
+from model import ModelConfig, Transformer
+
+# ---------------------------------------------------------------- processes and devices
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process's place among those that torchrun started; alone, rank 0 of 1."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print in the main process alone."""
+        if self.is_main:
+            print(*args, flush=True, **kwargs)
+
+
+# From torchrun's environment, so that configuration can be checked before any process group exists.
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process: `name`, or with "auto" the first of CUDA, Apple's mps and the CPU that is there.
+
+    Raises:
+        ValueError: no such device here; the message names the cure.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "mps" and world_size() > 1:
+            name = "cpu"  # there is one mps device, and no process group works over it
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name}: name auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else device.index or 0
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={name}: GPU {index} was asked for and {torch.cuda.device_count()} are visible; "
+                "start fewer processes, or pass --device cpu"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and (world_size() > 1 or not torch.backends.mps.is_available()):
+        raise ValueError(f"device={name}: needs an Apple GPU and a single process; pass --device cpu")
+    if device.type not in ("cpu", "mps"):
+        raise ValueError(f"device={name}: name auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def start_process(device: torch.device) -> Process:
+    """Join the process group (NCCL between GPUs, gloo between CPUs) if torchrun started this process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before the group exists: NCCL takes the current device
+    if world_size() > 1:
+        if device.type == "cpu":  # torchrun sets one thread a process, whatever the cores
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Process(int(os.environ.get("RANK", 0)), world_size(), device)
+
+
+def sum_over_processes(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sum of a few numbers over all processes, in float64."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, found out by compiling one line: it needs a C++ compiler or Triton."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # whatever the compiler says, the answer is no, and training goes on without it
+        print(f"torch.compile does not work here ({type(error).__name__}); training uncompiled, which is slower")
+        return False
+
+
+# Dense bf16 peak of a card in FLOP/s, from the vendors' data sheets; the first name found in the card's name counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A6000": 155e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a perfect program would reach: a known GPU's published bf16 peak, else a matmul measured now."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for card, flops in PEAK_FLOPS.items():
+            if card in name:
+                return flops
+    n = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
+def flops_per_token(model: Transformer) -> float:
+    """Forward and backward arithmetic of one token: 6 for each weight of a matrix product, and 12 L H K T for
+    attention (PaLM, arXiv 2204.02311, appendix B). The embedding is a look-up and does not count."""
+    config = model.config
+    weights = sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2)
+    weights -= model.tok_embeddings.weight.numel()
+    return 6 * weights + 12 * config.n_layers * config.dim * config.max_seq_len
+
+
+# ---------------------------------------------------------------- optimizers and schedule
+
+
+def build_optimizers(
+    model: Transformer,
+    *,
+    optimizer: str,
+    max_lr: float,
+    muon_lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Weight decay acts on matrices alone: a norm's scale has no reason to shrink. Each group carries `initial_lr`,
+    its learning rate where the schedule stands at 1. Muon: Keller Jordan, "Muon: An optimizer for hidden layers in
+    neural networks" (2024); it takes its step in the spectral norm, so its rate is on another scale than AdamW's.
+    """
+    muon = [p for p in model.layers.parameters() if p.dim() == 2] if optimizer == "muon" else []
+    rest = [p for p in model.parameters() if not any(p is q for q in muon)]
+    groups = [
+        {"params": [p for p in rest if p.dim() == 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=max_lr, betas=betas, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=weight_decay, momentum=0.95))
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(
+    step: int, *, schedule: str, warmup_steps: int, max_steps: int, min_factor: float, decay_fraction: float
+) -> float:
+    """Share of the peak learning rate for update `step` (1 to max_steps).
+
+    "cosine" (arXiv 1608.03983): linear warm-up, then half a cosine down to `min_factor` at the last step. "wsd"
+    (arXiv 2404.06395): warm-up, stable at 1, then linear decay over the last `decay_fraction` of the steps.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    if schedule == "cosine":
+        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        return min_factor + (1 - min_factor) * 0.5 * (1 + np.cos(np.pi * min(1.0, progress)))
+    left = (max_steps - step) / max(1, decay_fraction * max_steps)
+    return min_factor + (1 - min_factor) * min(1.0, left)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+CHECKPOINT_FORMAT_VERSION = 1
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(Path(folder).glob("step_*.pt"))
+
+
+def save_checkpoint(folder: str | Path, checkpoint: dict, *, keep: int, is_best: bool) -> Path:
+    """Write `folder/step_NNNNNNNN.pt` whole or not at all, then drop all but the newest `keep`; return its path.
+
+    With `is_best`, `folder/best.pt` becomes another name of the same file, and stays when the step is dropped.
+
+    Raises:
+        OSError: it could not be written (a full disk); the older checkpoints are untouched.
+    """
+    path = Path(folder) / f"step_{checkpoint['step']:08d}.pt"
+    try:
+        with atomic_write(path) as file:
+            torch.save({"format_version": CHECKPOINT_FORMAT_VERSION, **checkpoint}, file)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        last = checkpoints_in(folder)
+        reason = error.__cause__ or error.__context__ or error
+        raise OSError(
+            f"{path}: could not be written ({reason}); make room or choose another --out_dir; the last "
+            f" good checkpoint is {last[-1] if last else 'none'}"
+        ) from error
+    if is_best:
+        link = path.with_name(".best.pt.tmp")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
+        os.replace(link, path.with_name("best.pt"))
+    for old in checkpoints_in(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint file as it is; of a run directory or its `checkpoints/`, the newest.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
+    if not found:
+        raise FileNotFoundError(f"{path}: no checkpoint there; give a .pt file or a run directory that holds one")
+    return found[-1]
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str) -> dict:
+    """Read what `save_checkpoint` wrote, as plain data and tensors on `device`; no code in the file is run.
+
+    Raises:
+        ValueError: the file is damaged or not one of ours.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint["format_version"] != CHECKPOINT_FORMAT_VERSION:
+            raise ValueError(f"format {checkpoint['format_version']}, this code reads {CHECKPOINT_FORMAT_VERSION}")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zip, pickle and torch errors: for the user all mean the same
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}); delete it and use an older one") from error
+    return checkpoint
+
+
+def load_model(path: str | Path, device: torch.device | str) -> tuple[Transformer, dict]:
+    """The model of a checkpoint (file or run directory), rebuilt from the file alone, and the checkpoint."""
+    checkpoint = load_checkpoint(find_checkpoint(path), device)
+    model = Transformer(ModelConfig(**checkpoint["config"]["model"])).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint
+
+
+def random_state() -> dict:
+    """State of every random generator of this process, as plain data and tensors."""
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+# ---------------------------------------------------------------- logging
+
+
+class NullRun:
+    """Stands in for a Weights & Biases run and does nothing."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def finish(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def start_wandb(*, project: str, name: str, run_id: str, config: dict, folder: Path, is_main: bool) -> Any:
+    """A Weights & Biases run in the main process if WANDB_API_KEY is set, else a `NullRun`.
+
+    A resumed run goes on under its `run_id`. Without the key wandb is not even imported; trouble on its side is one
+    printed line and does not stop training.
+    """
+    if not is_main or not os.environ.get("WANDB_API_KEY"):
+        return NullRun()
+    try:
+        import wandb
+
+        return wandb.init(project=project, name=name, id=run_id, resume="allow", config=config, dir=folder)
+    except Exception as error:  # no account, no network, a wrong key: the run is worth more than its plots
+        print(f"Weights & Biases is off ({type(error).__name__}: {error})")
+        return NullRun()
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl`, a line each, flushed; rows also go to Weights & Biases."""
+
+    def __init__(self, folder: Path, wandb_run: Any, is_main: bool, last_step: int):
+        """Rows beyond `last_step`, left by a run that went on after its last checkpoint, are dropped."""
+        self.path, self.wandb_run, self.file = folder / "metrics.jsonl", wandb_run, None
+        if is_main:
+            kept = []
+            if self.path.is_file():
+                for line in self.path.read_text().splitlines():
+                    try:
+                        if json.loads(line)["step"] <= last_step:
+                            kept.append(line + "\n")
+                    except ValueError:
+                        pass  # the line that a kill cut short
+            with atomic_write(self.path, "w") as file:
+                file.writelines(kept)
+            self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+
+    def write(self, row: dict) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+            self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        self.wandb_run.finish()
+
+
+def config_as_dict(config: Any) -> dict:
+    """A dataclass as plain JSON data."""
+    return json.loads(json.dumps(asdict(config)))

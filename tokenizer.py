@@ -1,0 +1,148 @@
+"""Llama 3's tokenizer: text <-> token ids, byte-pair encoding over `tokenizer.model` with tiktoken.
+
+`tokenizer.model` is Meta's file: 128,000 byte sequences, one a line, in the order in which they were
+merged. 256 control ids follow them. A vocabulary of N ids keeps the first N - 256 merges and puts the
+same control ids behind them: a prefix of the merge order is a complete, smaller tokenizer.
+
+Reference: the class `Tokenizer` in Meta's `llama_models/llama3/tokenizer.py`, which the tests compare with.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+MODEL_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
+DEFAULT_PATH = Path(__file__).with_name("tokenizer.model")
+
+# Cuts text into pieces before any merge: contractions, words with one leading character, up to three
+# digits, punctuation, line ends, white space. Merges never cross a piece.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+NUM_SPECIAL_TOKENS = 256
+VOCAB_SIZES = range(256 + NUM_SPECIAL_TOKENS, 128_000 + NUM_SPECIAL_TOKENS + 1)  # from bare bytes to all merges
+_NAMED_SPECIAL_TOKENS = (  # Meta's positions, as of Llama 3.2; the rest of the 256 are reserved
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+)
+SPECIAL_TOKENS = _NAMED_SPECIAL_TOKENS + tuple(
+    f"<|reserved_special_token_{i + 2}|>" for i in range(NUM_SPECIAL_TOKENS - len(_NAMED_SPECIAL_TOKENS))
+)
+
+# tiktoken panics on longer texts, and its time grows with the square of a run that the pattern cannot cut.
+MAX_ENCODE_CHARS = 400_000
+MAX_RUN_CHARS = 25_000
+
+
+class Tokenizer:
+    """Llama 3's tokenizer, whole or cut down to its first merges.
+
+    Args:
+        path: Meta's `tokenizer.model`.
+        vocab_size: ids in all, the 256 control ids included: 512 to 128,256. None keeps them all.
+
+    Raises:
+        FileNotFoundError: there is no file at `path`.
+        ValueError: the file is not Meta's, or `vocab_size` is out of range.
+    """
+
+    def __init__(self, path: str | Path = DEFAULT_PATH, vocab_size: int | None = None):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such tokenizer file; `git checkout tokenizer.model` restores it")
+        contents = self.path.read_bytes()
+        if hashlib.sha256(contents).hexdigest() != MODEL_SHA256:
+            raise ValueError(
+                f"{self.path}: not Llama 3's tokenizer (its sha256 is not {MODEL_SHA256[:12]}...); "
+                "`git checkout tokenizer.model` restores it"
+            )
+        self.vocab_size = VOCAB_SIZES[-1] if vocab_size is None else vocab_size
+        if self.vocab_size not in VOCAB_SIZES:
+            raise ValueError(f"vocab_size={vocab_size}: must be {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]}")
+
+        num_text_tokens = self.vocab_size - NUM_SPECIAL_TOKENS
+        lines = contents.splitlines()[:num_text_tokens]
+        self._text_tokens = [base64.b64decode(line.split()[0]) for line in lines]
+        self.special_tokens = {name: num_text_tokens + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._encoding = tiktoken.Encoding(
+            name=f"llama3-{self.vocab_size}",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks={token: rank for rank, token in enumerate(self._text_tokens)},
+            special_tokens=self.special_tokens,
+        )
+        self.bos_id = self.special_tokens["<|begin_of_text|>"]
+        self.eos_id = self.special_tokens["<|end_of_text|>"]
+        self.pad_id = self.special_tokens["<|finetune_right_pad_id|>"]
+        self.stop_tokens = [self.eos_id, self.special_tokens["<|eom_id|>"], self.special_tokens["<|eot_id|>"]]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of all that decides which ids a text becomes: equal fingerprints, equal ids."""
+        parts = (MODEL_SHA256, SPLIT_PATTERN, *SPECIAL_TOKENS, str(self.vocab_size))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of `text`, between the begin and end ids where asked for.
+
+        What looks like a control token in `text` is encoded as the characters it is made of. Lone
+        surrogates, which UTF-8 cannot hold, become U+FFFD.
+        """
+        ids = [self.bos_id] if bos else []
+        for piece in _split_long(text):
+            ids.extend(self._encoding.encode_ordinary(piece))
+        if eos:
+            ids.append(self.eos_id)
+        return ids
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """`encode(text, bos=True, eos=True)` as a uint32 array, without a Python object for every id."""
+        ids = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _split_long(text)]
+        return np.concatenate([[self.bos_id], *ids, [self.eos_id]], dtype=np.uint32, casting="unsafe")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; control ids show their names, bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        outside = [i for i in ids if not 0 <= i < self.vocab_size]
+        if outside:
+            raise ValueError(f"id {outside[0]} is outside the vocabulary of {self.vocab_size}")
+        return self._encoding.decode(ids)
+
+    def token_byte_lengths(self) -> np.ndarray:
+        """Bytes of text behind each id, (V,) int64; control ids have none. It turns nats a token into bits a byte."""
+        return np.array([len(token) for token in self._text_tokens] + [0] * NUM_SPECIAL_TOKENS)
+
+
+def _split_long(text: str) -> Iterator[str]:
+    """Cut `text` so that no piece exceeds MAX_ENCODE_CHARS, nor holds a longer run than MAX_RUN_CHARS of
+    white space or of anything else. Texts that need no cut, nearly all, cost one comparison."""
+    for start in range(0, len(text), MAX_ENCODE_CHARS):
+        block = text[start : start + MAX_ENCODE_CHARS]
+        if len(block) <= MAX_RUN_CHARS:
+            yield block
+            continue
+        cut = 0
+        for run in re.finditer(r"\s+|\S+", block):
+            for end in range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS):
+                yield block[cut:end]
+                cut = end
+        yield block[cut:]

@@ -1,0 +1,535 @@
+"""Train a Llama 3 from scratch on one device, or on many with torchrun.
+
+    python train.py                                          one GPU, or the CPU
+    torchrun --standalone --nproc_per_node 8 train.py        a node of eight GPUs
+    python train.py --max_steps 1000 --model.dim 512         every field of the CONFIGURATION block is a flag
+
+Edit the block, or pass flags. Where the corpus that `data_root` names has not been prepared, a small sample
+model is trained on the Python standard library instead, in about four minutes on two CPU cores.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import hellaswag_utils
+from dataloaders import TokenStream, TrainWindows, validation_batches
+from files import atomic_write, is_prepared
+from generate import generate
+from load_fineweb_dataset import SourceError, prepare
+from load_hellaswag_dataset import write_sample
+from model import ModelConfig, Transformer
+from model_utils import (
+    MetricsLog,
+    Process,
+    barrier,
+    build_optimizers,
+    can_compile,
+    checkpoints_in,
+    config_as_dict,
+    flops_per_token,
+    is_main_process,
+    load_checkpoint,
+    lr_factor,
+    peak_flops,
+    pick_device,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+    start_process,
+    start_wandb,
+    sum_over_processes,
+    world_size,
+)
+from tokenizer import VOCAB_SIZES, Tokenizer
+
+# ================================ CONFIGURATION ================================
+
+
+@dataclass
+class Config:
+    # Data
+    data_root: str = "data/fineweb-edu-10BT"  # folder that load_fineweb_dataset.py prepared
+    hellaswag_path: str = "data/hellaswag/hellaswag_val.jsonl"  # file that load_hellaswag_dataset.py fetched
+    out_dir: str = "runs/llama3"  # folder of this run: metrics, samples, checkpoints
+
+    # Batch and length of the run
+    total_batch_size: int = 524_288  # tokens an optimizer step, over all processes; 2^19, as GPT-3 Small had
+    batch_size: int = 16  # sequences a micro-step in each process; lower it when memory runs out
+    max_steps: int = 19_073  # optimizer steps; 19,073 x 524,288 tokens is one epoch of 10 billion
+
+    # Optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
+    max_lr: float = 6e-4  # AdamW's peak learning rate; GPT-3 Small's, for a model of this size
+    muon_lr: float = 0.02  # Muon's peak learning rate, on a scale of its own; with optimizer=muon alone
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay of the first and second moments
+    weight_decay: float = 0.1  # on matrices alone
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0 does not clip
+
+    # Learning-rate schedule
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm up, hold, decay at the end
+    warmup_steps: int = 715  # steps of linear warm-up; 375 million tokens, as GPT-3 had
+    min_lr_fraction: float = 0.1  # learning rate at the last step, as a share of the peak
+    decay_fraction: float = 0.2  # with wsd: share of the steps that decay
+
+    # Device
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # bfloat16: autocast of matrix products; weights stay float32
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: where a compiler is found
+    seed: int = 1337  # of the initial weights and of the order of the data
+
+    # Along the way; an interval of 0 switches that activity off, the end of a run is always validated and saved
+    log_every: int = 10  # steps between printed lines; metrics.jsonl has every step
+    val_every: int = 250  # steps between validations
+    val_tokens: int = 1_048_576  # tokens of the validation shard that each one reads
+    hellaswag_every: int = 1000  # steps between HellaSwag evaluations
+    hellaswag_limit: int = 0  # rows of it that count; 0 is all 10,042
+    generate_every: int = 1000  # steps between continuations of the prompts, into samples.txt
+    save_every: int = 1000  # steps between checkpoints; one of the default model is 3.6 GB
+    keep_checkpoints: int = 2  # newest ones kept, besides the best
+    resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
+
+    # Generation
+    prompts: tuple[str, ...] = ("Hello, I'm a language model,", "The theory of evolution says that")  # to continue
+    generate_tokens: int = 64  # tokens for each prompt
+    temperature: float = 0.8  # 0 takes the likeliest token
+    top_p: float = 0.95  # probability of the nucleus that tokens are drawn from
+
+    # Weights & Biases, used where WANDB_API_KEY is set
+    wandb_project: str = "llama3"  # project that the run appears in
+
+    # The model; its fields are flags too, --model.dim and so on
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            dim=768,
+            n_layers=16,
+            n_heads=16,
+            n_kv_heads=8,
+            vocab_size=128_256,
+            max_seq_len=1024,
+        )
+    )
+
+
+# Trained where the default corpus has not been prepared: minutes on a laptop, on the Python standard library's source.
+SAMPLE = Config(
+    data_root="data/sample",
+    hellaswag_path="data/sample/sample_continuations.jsonl",
+    out_dir="runs/sample",
+    total_batch_size=2048,
+    batch_size=max(1, 16 // world_size()),
+    max_steps=1500,
+    optimizer="muon",
+    max_lr=3e-3,
+    weight_decay=0.0,
+    warmup_steps=20,
+    min_lr_fraction=0.0,
+    log_every=50,
+    val_every=250,
+    val_tokens=65_536,
+    hellaswag_every=500,
+    generate_every=500,
+    save_every=500,
+    prompts=("class ", "def read_", "import os\n\n"),
+    generate_tokens=100,
+    model=ModelConfig(
+        dim=192,
+        n_layers=4,
+        n_heads=6,
+        n_kv_heads=3,
+        vocab_size=8192,
+        multiple_of=64,
+        max_seq_len=128,
+    ),
+)
+
+# ============================== END CONFIGURATION ==============================
+
+
+def config_errors(cfg: Config) -> list[str]:
+    """One sentence for every field that cannot be honoured: its name, its value, the cure."""
+    errors = [f"model.{error}" for error in cfg.model.errors()]
+    if cfg.model.vocab_size not in VOCAB_SIZES:
+        errors.append(f"model.vocab_size={cfg.model.vocab_size}: must be {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]}")
+    for name in ("total_batch_size", "batch_size", "max_steps", "log_every", "val_tokens", "keep_checkpoints"):
+        if getattr(cfg, name) < 1:
+            errors.append(f"{name}={getattr(cfg, name)}: must be at least 1")
+    intervals = ("val_every", "hellaswag_every", "generate_every", "save_every")
+    for name in (*intervals, "hellaswag_limit", "warmup_steps", "seed"):
+        if getattr(cfg, name) < 0:
+            errors.append(f"{name}={getattr(cfg, name)}: must be 0 or more")
+    for name in ("max_lr", "muon_lr", "grad_clip", "weight_decay", "temperature"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            errors.append(f"{name}={getattr(cfg, name)}: must be 0 or more")
+    for name in ("min_lr_fraction", "decay_fraction", "top_p"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            errors.append(f"{name}={getattr(cfg, name)}: must be between 0 and 1")
+    sequences = cfg.batch_size * world_size()
+    tokens = sequences * cfg.model.max_seq_len
+    if tokens > 0 and cfg.total_batch_size % tokens:
+        nearest = max(1, round(cfg.total_batch_size / tokens)) * tokens
+        errors.append(
+            f"total_batch_size={cfg.total_batch_size}: must be a multiple of batch_size={cfg.batch_size} x "
+            f"{world_size()} processes x model.max_seq_len={cfg.model.max_seq_len} = {tokens}; {nearest} would do"
+        )
+    try:
+        device = pick_device(cfg.device)
+        if device.type == "cuda" and cfg.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+            errors.append(f"dtype={cfg.dtype}: this GPU has none; pass --dtype float32")
+    except ValueError as error:
+        errors.append(str(error))
+    return errors
+
+
+def read_config(args: list[str]) -> Config:
+    """The CONFIGURATION block under the flags in `args`; the sample's where the default corpus is not prepared.
+
+    Raises:
+        ValueError: fields that cannot be honoured, all of them in one message.
+    """
+    parse = tyro.conf.configure(tyro.conf.FlagConversionOff)(tyro.cli)
+    cfg = parse(Config, args=args, description=__doc__, use_underscores=True)
+    sample = parse(Config, args=args, default=SAMPLE, use_underscores=True)
+    errors = []
+    data_given = cfg.data_root == sample.data_root  # the two configurations differ in it, unless a flag set it
+    hellaswag_given = cfg.hellaswag_path == sample.hellaswag_path
+    if not is_prepared(cfg.data_root):
+        if data_given:
+            errors.append(f"data_root={cfg.data_root}: not a prepared folder; load_fineweb_dataset.py makes one")
+        else:
+            if is_main_process():
+                print(f"{cfg.data_root} is not prepared: `python load_fineweb_dataset.py` prepares 10 billion tokens.")
+                print("Training the sample configuration instead: a small Llama 3 on the Python standard library.")
+            cfg = sample
+    if cfg is not sample and cfg.hellaswag_every and not Path(cfg.hellaswag_path).is_file():
+        cure = "`python load_hellaswag_dataset.py` fetches HellaSwag; --hellaswag_every 0 goes without"
+        if hellaswag_given:
+            errors.append(f"hellaswag_path={cfg.hellaswag_path}: no such file; {cure}")
+        else:
+            if is_main_process():
+                print(f"{cfg.hellaswag_path} is not there, so this run goes without it; {cure}")
+            cfg.hellaswag_every = 0
+    errors += config_errors(cfg)
+    if errors:
+        raise ValueError("\n".join(errors))
+    return cfg
+
+
+def prepare_run(cfg: Config, process: Process) -> None:
+    """What one process does for all: the sample's files, and an out_dir that holds no other run."""
+    if process.is_main:
+        if cfg.data_root == SAMPLE.data_root and not is_prepared(cfg.data_root):
+            prepare(["sample"], cfg.data_root, vocab_size=cfg.model.vocab_size)
+        if cfg.hellaswag_path == SAMPLE.hellaswag_path and not Path(cfg.hellaswag_path).is_file():
+            write_sample(cfg.data_root, cfg.hellaswag_path, cfg.model.vocab_size)
+        out_dir = Path(cfg.out_dir)
+        if not cfg.resume and (out_dir / "metrics.jsonl").is_file():
+            aside = next(p for i in range(1, 10_000) if not (p := out_dir.with_name(f"{out_dir.name}.{i}")).exists())
+            out_dir.rename(aside)
+            print(f"{out_dir} held an earlier run: moved to {aside} (to go on with a run instead, --resume True)")
+        (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    barrier()
+
+
+@torch.no_grad()
+def validate(model: Transformer, stream: TokenStream, byte_lengths: Tensor, cfg: Config, process: Process) -> dict:
+    """Mean loss in nats a token, and bits a byte of text, which compares across vocabularies. The bits of control
+    tokens count, though they have no bytes."""
+    sums = [0.0, 0.0, 0.0]  # nats, tokens, bytes
+    for x, y in validation_batches(
+        stream,
+        seq_len=cfg.model.max_seq_len,
+        batch_size=cfg.batch_size,
+        max_tokens=cfg.val_tokens,
+        rank=process.rank,
+        world_size=process.world_size,
+    ):
+        loss = model(x.to(process.device), y.to(process.device))
+        batch = (loss.item() * y.numel(), y.numel(), byte_lengths[y].sum().item())
+        sums = [a + b for a, b in zip(sums, batch, strict=True)]
+    nats, tokens, text_bytes = sum_over_processes(sums, process.device)
+    return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(1, text_bytes)}
+
+
+def continue_prompts(model: Transformer, tokenizer: Tokenizer, cfg: Config, step: int) -> str:
+    """Continuations of the prompts in the block, the same for the same model and step."""
+    ids = generate(
+        model,
+        [tokenizer.encode(prompt, bos=True) for prompt in cfg.prompts],
+        max_new_tokens=cfg.generate_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        stop_tokens=tokenizer.stop_tokens,
+        generator=torch.Generator(model.output.weight.device).manual_seed(cfg.seed + step),
+    )
+    return "\n\n".join(prompt + tokenizer.decode(new) for prompt, new in zip(cfg.prompts, ids, strict=True))
+
+
+def train(cfg: Config, process: Process) -> int:
+    """The run; returns the exit status."""
+    device, out_dir = process.device, Path(cfg.out_dir)
+    torch.manual_seed(cfg.seed)
+    prepare_run(cfg, process)
+
+    # Data
+    tokenizer = Tokenizer(vocab_size=cfg.model.vocab_size)
+    train_stream, val_stream = (
+        TokenStream(cfg.data_root, split, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+        for split in ("train", "val")
+    )
+    byte_lengths = torch.from_numpy(tokenizer.token_byte_lengths())
+    tokens_per_micro_step = cfg.batch_size * cfg.model.max_seq_len * process.world_size
+    accumulation = cfg.total_batch_size // tokens_per_micro_step
+    windows = TrainWindows(
+        train_stream,
+        seq_len=cfg.model.max_seq_len,
+        batch_size=cfg.batch_size,
+        accumulation=accumulation,
+        seed=cfg.seed,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+    examples = hellaswag_utils.load_examples(cfg.hellaswag_path, tokenizer) if cfg.hellaswag_every else []
+    examples = examples[: cfg.hellaswag_limit or None]
+
+    # Model and optimizers, new or as a checkpoint left them
+    model = Transformer(cfg.model).to(device)
+    optimizers = build_optimizers(
+        model,
+        optimizer=cfg.optimizer,
+        max_lr=cfg.max_lr,
+        muon_lr=cfg.muon_lr,
+        weight_decay=cfg.weight_decay,
+        betas=cfg.betas,
+    )
+    start_step, best_val_loss, run_id = 0, math.inf, uuid.uuid4().hex[:8]
+    saved = checkpoints_in(out_dir / "checkpoints")[-1:] if cfg.resume else []
+    if saved:
+        checkpoint = load_checkpoint(saved[0], device)
+        windows.check_state(checkpoint["data"])
+        if checkpoint["config"]["model"] != (now := config_as_dict(cfg.model)):
+            raise ValueError(f"{saved[0]}: holds a model of {checkpoint['config']['model']}, the flags ask for {now}")
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        restore_random_state(checkpoint["random_state"])
+        start_step, best_val_loss, run_id = (checkpoint[key] for key in ("step", "best_val_loss", "run_id"))
+        process.print(f"resuming from {saved[0]} behind step {start_step}")
+
+    # The wrappers see the loaded weights; evaluation and saving use the bare `model`
+    if cfg.compile is True or (cfg.compile == "auto" and can_compile(device)):
+        model.compile_blocks()
+    ddp: torch.nn.Module = model
+    if process.world_size > 1:
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+
+    # Records
+    if process.is_main:
+        with atomic_write(out_dir / "config.json", "w") as file:
+            json.dump(config_as_dict(cfg), file, indent=1)
+    wandb_run = start_wandb(
+        project=cfg.wandb_project,
+        name=out_dir.name,
+        run_id=run_id,
+        config=config_as_dict(cfg),
+        folder=out_dir,
+        is_main=process.is_main,
+    )
+    metrics = MetricsLog(out_dir, wandb_run, process.is_main, last_step=start_step)
+    peak = process.world_size * peak_flops(device, torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32)
+    flops = flops_per_token(model)
+    process.print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {cfg.max_steps:,} steps, "
+        f"{cfg.max_steps * cfg.total_batch_size / len(train_stream):.2f} epochs of {len(train_stream):,} tokens; "
+        f"a step is {cfg.total_batch_size:,} tokens = {process.world_size} x {device} x {accumulation} micro-steps x "
+        f"{cfg.batch_size} x {cfg.model.max_seq_len}; peak {peak / 1e12:.2f} TFLOP/s"
+    )
+
+    def evaluate(step: int, *, val: bool, hellaswag: bool, sample: bool) -> dict:
+        """Run what is asked for, print and record it; return the figures."""
+        figures: dict = {}
+        with torch.compiler.set_stance("force_eager"):  # shapes of their own, not worth compiling
+            if val:
+                with autocast:
+                    row = validate(model, val_stream, byte_lengths, cfg, process)
+                metrics.write({"step": step, "tokens": step * cfg.total_batch_size, **row})
+                process.print(
+                    f"step {step:>6}  validation {row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte"
+                )
+                figures |= row
+            if hellaswag:
+                with autocast:
+                    counts = hellaswag_utils.count_correct(
+                        model, examples, rank=process.rank, world_size=process.world_size
+                    )
+                row = hellaswag_utils.as_metrics(sum_over_processes(counts, device))
+                metrics.write({"step": step, "tokens": step * cfg.total_batch_size, **row})
+                name = hellaswag_utils.benchmark_name(cfg.hellaswag_path)
+                process.print(
+                    f"step {step:>6}  {name}: acc {row['hellaswag_acc']:.1%}, acc_norm "
+                    f"{row['hellaswag_acc_norm']:.1%} of {row['hellaswag_examples']:,} (chance 25%)"
+                )
+                figures |= row
+            if sample and process.is_main:
+                text = continue_prompts(model, tokenizer, cfg, step)
+                with open(out_dir / "samples.txt", "a", encoding="utf-8") as file:
+                    file.write(f"===== step {step}\n{text}\n\n")
+                process.print(f"----- step {step}\n{text}\n-----")
+        return figures
+
+    step = start_step
+    if step == 0 and cfg.val_every:
+        evaluate(0, val=True, hellaswag=False, sample=False)
+    batches = windows.batches(start_step, cfg.max_steps, device)
+    stop = StopSignal()
+    loop_began, timed_from = time.perf_counter(), step
+    while step < cfg.max_steps and not stop.signal:
+        # ---- one update: accumulate, clip, learning rate, step
+        step += 1
+        began = time.perf_counter()
+        mean_loss = torch.zeros((), device=device)
+        for micro_step in range(accumulation):
+            x, y = (t.to(device, non_blocking=True) for t in next(batches))
+            # DDP decides in the forward pass whether the backward pass will send gradients: once a step is enough.
+            ddp.require_backward_grad_sync = micro_step == accumulation - 1
+            with autocast:
+                loss = ddp(x, y)
+            (loss / accumulation).backward()
+            mean_loss += loss.detach() / accumulation
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        factor = lr_factor(
+            step,
+            schedule=cfg.schedule,
+            warmup_steps=cfg.warmup_steps,
+            max_steps=cfg.max_steps,
+            min_factor=cfg.min_lr_fraction,
+            decay_fraction=cfg.decay_fraction,
+        )
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["initial_lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        # ---- what all processes must agree on: the loss, whether it is a number, whether someone asked to stop
+        losses, stop.signal = share(mean_loss.item(), stop.signal, process)
+        seconds = time.perf_counter() - began
+        broken = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
+        if broken or not math.isfinite(grad_norm):
+            last = checkpoints_in(out_dir / "checkpoints")
+            what = f"loss on rank {broken[0]}" if broken else "gradient"
+            raise ValueError(
+                f"step {step}: the {what} is not finite, so the run stops; the last good checkpoint is "
+                f"{last[-1] if last else 'none'}; lower max_lr, or look at the data of this step"
+            )
+        tokens_per_sec = cfg.total_batch_size / seconds
+        row = {
+            "step": step,
+            "tokens": step * cfg.total_batch_size,
+            "train_loss": sum(losses) / len(losses),
+            "lr": factor * cfg.max_lr,
+            "grad_norm": grad_norm.item(),
+            "tokens_per_sec": tokens_per_sec,
+            "mfu": tokens_per_sec * flops / peak,
+        }
+        metrics.write(row)
+
+        # ---- along the way
+        last = step == cfg.max_steps
+        if step == timed_from + 1:  # compilation happens in the first step; it would spoil the estimate
+            loop_began, timed_from = time.perf_counter(), step
+        if step % cfg.log_every == 0 or last:
+            left = (time.perf_counter() - loop_began) / max(1, step - timed_from) * (cfg.max_steps - step)
+            process.print(
+                f"step {step:>6}  loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
+                f"{tokens_per_sec:,.0f} tokens/s  mfu {row['mfu']:.0%}  {timedelta(seconds=round(left))} left"
+            )
+        figures = evaluate(
+            step,
+            val=last or is_due(cfg.val_every, step),
+            hellaswag=is_due(cfg.hellaswag_every, step) or (last and cfg.hellaswag_every > 0),
+            sample=is_due(cfg.generate_every, step) or (last and cfg.generate_every > 0),
+        )
+        if last or stop.signal or is_due(cfg.save_every, step):
+            is_best = figures.get("val_loss", math.inf) < best_val_loss
+            best_val_loss = min(best_val_loss, figures.get("val_loss", math.inf))
+            if process.is_main:
+                path = save_checkpoint(
+                    out_dir / "checkpoints",
+                    {
+                        "step": step,
+                        "model": model.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                        "config": config_as_dict(cfg),
+                        "tokenizer_fingerprint": tokenizer.fingerprint,
+                        "data": windows.state(),
+                        "random_state": random_state(),
+                        "best_val_loss": best_val_loss,
+                        "run_id": run_id,
+                    },
+                    keep=cfg.keep_checkpoints,
+                    is_best=is_best,
+                )
+                print(f"step {step:>6}  saved {path}")
+            barrier()
+    metrics.close()
+    if step < cfg.max_steps:
+        process.print(f"stopped behind step {step} by {signal.Signals(stop.signal).name}; --resume True goes on there")
+        return 128 + stop.signal
+    return 0
+
+
+def is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a wish that the loop grants behind the current step; the second kills."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def share(loss: float, stop: int, process: Process) -> tuple[list[float], int]:
+    """Every process's loss and the strongest wish to stop, the same everywhere: one small all-reduce."""
+    table = [0.0] * (2 * process.world_size)
+    table[process.rank], table[process.world_size + process.rank] = loss, stop
+    table = sum_over_processes(table, process.device)
+    return table[: process.world_size], int(max(table[process.world_size :]))
+
+
+def main() -> int:
+    try:
+        cfg = read_config(sys.argv[1:])
+        process = start_process(pick_device(cfg.device))
+        status = train(cfg, process)
+    except (ValueError, OSError, SourceError) as error:
+        if is_main_process():
+            print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
