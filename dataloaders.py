@@ -10,6 +10,7 @@ Shape letters: B sequences of one micro-step in one process, T tokens of a windo
 """
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,6 +210,7 @@ class TrainWindows(Dataset):
                 num_workers=2 if on_gpu else 0,
                 prefetch_factor=4 if on_gpu else None,
                 pin_memory=on_gpu,
+                worker_init_fn=_leave_interrupts_to_parent,
             )
         )
 
@@ -227,6 +229,11 @@ class TrainWindows(Dataset):
         different = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
         if different:
             raise ValueError(f"cannot resume with another order of the data: {'; '.join(different)}; restore these")
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal, and the training loop still needs batches to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def validation_batches(

@@ -76,6 +76,29 @@ def generate(
     return texts
 
 
+def complete(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[str]:
+    """Each prompt with its continuation, as text; the same seed, the same texts."""
+    continuations = generate(
+        model,
+        [tokenizer.encode(prompt, bos=True) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop_tokens=tokenizer.stop_tokens,
+        generator=torch.Generator(model.output.weight.device).manual_seed(seed),
+    )
+    return [prompt + tokenizer.decode(ids) for prompt, ids in zip(prompts, continuations, strict=True)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a .pt file, or a run directory for its newest checkpoint")
@@ -92,20 +115,19 @@ def main() -> int:
         device = pick_device(args.device)
         model, _ = load_model(args.checkpoint, device)
         tokenizer = Tokenizer(vocab_size=model.config.vocab_size)
-        prompt = tokenizer.encode(args.prompt, bos=True)
-        [ids] = generate(
+        [text] = complete(
             model,
-            [prompt],
+            tokenizer,
+            [args.prompt],
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
-            stop_tokens=tokenizer.stop_tokens,
-            generator=torch.Generator(device).manual_seed(args.seed),
+            seed=args.seed,
         )
     except (ValueError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 1
-    print(args.prompt + tokenizer.decode(ids))
+    print(text)
     return 0
 
 

@@ -231,7 +231,7 @@ class Transformer(nn.Module):
         """The residual stream behind the last block, (B, T, D), normalised: what the output layer reads."""
         T = tokens.shape[1]
         if cache is None:
-            if T > len(self.rope_cos):
+            if tokens.shape[1] > self.config.max_seq_len:
                 raise ValueError(f"{T} tokens exceed max_seq_len={self.config.max_seq_len}")
             cached, rope = None, (self.rope_cos[:T, None], self.rope_sin[:T, None])  # (T, 1, K / 2)
         else:

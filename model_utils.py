@@ -1,15 +1,15 @@
-"""What a run needs around the model: processes and devices, optimizers and schedule, checkpoints, logging."""
+"""What a run needs around the model: processes and devices, checkpoints, records."""
 
 import json
 import os
 import random
 import shutil
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -100,6 +100,27 @@ def barrier() -> None:
         dist.barrier()
 
 
+def share(loss: float, stop: int, process: Process) -> tuple[list[float], int]:
+    """Every process's loss, and the largest of their wishes to stop, the same in all: one small all-reduce."""
+    table = [0.0] * (2 * process.world_size)
+    table[process.rank], table[process.world_size + process.rank] = loss, stop
+    table = sum_over_processes(table, process.device)
+    return table[: process.world_size], int(max(table[process.world_size :]))
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a wish that the loop grants behind the current step; the second kills."""
+
+    def __init__(self):
+        self.number = 0  # of the signal that came
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works here, found out by compiling one line: it needs a C++ compiler or Triton."""
     try:
@@ -151,56 +172,6 @@ def flops_per_token(model: Transformer) -> float:
     weights = sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2)
     weights -= model.tok_embeddings.weight.numel()
     return 6 * weights + 12 * config.n_layers * config.dim * config.max_seq_len
-
-
-# ---------------------------------------------------------------- optimizers and schedule
-
-
-def build_optimizers(
-    model: Transformer,
-    *,
-    optimizer: str,
-    max_lr: float,
-    muon_lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
-
-    Weight decay acts on matrices alone: a norm's scale has no reason to shrink. Each group carries `initial_lr`,
-    its learning rate where the schedule stands at 1. Muon: Keller Jordan, "Muon: An optimizer for hidden layers in
-    neural networks" (2024); it takes its step in the spectral norm, so its rate is on another scale than AdamW's.
-    """
-    muon = [p for p in model.layers.parameters() if p.dim() == 2] if optimizer == "muon" else []
-    rest = [p for p in model.parameters() if not any(p is q for q in muon)]
-    groups = [
-        {"params": [p for p in rest if p.dim() == 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=max_lr, betas=betas, fused=True)]
-    if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=weight_decay, momentum=0.95))
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
-
-
-def lr_factor(
-    step: int, *, schedule: str, warmup_steps: int, max_steps: int, min_factor: float, decay_fraction: float
-) -> float:
-    """Share of the peak learning rate for update `step` (1 to max_steps).
-
-    "cosine" (arXiv 1608.03983): linear warm-up, then half a cosine down to `min_factor` at the last step. "wsd"
-    (arXiv 2404.06395): warm-up, stable at 1, then linear decay over the last `decay_fraction` of the steps.
-    """
-    if step < warmup_steps:
-        return step / warmup_steps
-    if schedule == "cosine":
-        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-        return min_factor + (1 - min_factor) * 0.5 * (1 + np.cos(np.pi * min(1.0, progress)))
-    left = (max_steps - step) / max(1, decay_fraction * max_steps)
-    return min_factor + (1 - min_factor) * min(1.0, left)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -8,6 +8,7 @@ Edit the block, or pass flags. Where the corpus that `data_root` names has not b
 model is trained on the Python standard library instead, in about four minutes on two CPU cores.
 """
 
+import itertools
 import json
 import math
 import signal
@@ -27,32 +28,33 @@ from torch.nn.parallel import DistributedDataParallel
 import hellaswag_utils
 from dataloaders import TokenStream, TrainWindows, validation_batches
 from files import atomic_write, is_prepared
-from generate import generate
+from generate import complete
 from load_fineweb_dataset import SourceError, prepare
 from load_hellaswag_dataset import write_sample
 from model import ModelConfig, Transformer
 from model_utils import (
     MetricsLog,
     Process,
+    StopSignal,
     barrier,
-    build_optimizers,
     can_compile,
     checkpoints_in,
     config_as_dict,
     flops_per_token,
     is_main_process,
     load_checkpoint,
-    lr_factor,
     peak_flops,
     pick_device,
     random_state,
     restore_random_state,
     save_checkpoint,
+    share,
     start_process,
     start_wandb,
     sum_over_processes,
     world_size,
 )
+from optimizers import build_optimizers, lr_factor
 from tokenizer import VOCAB_SIZES, Tokenizer
 
 # ================================ CONFIGURATION ================================
@@ -227,20 +229,26 @@ def read_config(args: list[str]) -> Config:
     return cfg
 
 
-def prepare_run(cfg: Config, process: Process) -> None:
-    """What one process does for all: the sample's files, and an out_dir that holds no other run."""
+def prepare_sample(cfg: Config, process: Process) -> None:
+    """Write the sample's files where the sample is asked for and they are not there; one process does it for all."""
     if process.is_main:
         if cfg.data_root == SAMPLE.data_root and not is_prepared(cfg.data_root):
             prepare(["sample"], cfg.data_root, vocab_size=cfg.model.vocab_size)
         if cfg.hellaswag_path == SAMPLE.hellaswag_path and not Path(cfg.hellaswag_path).is_file():
             write_sample(cfg.data_root, cfg.hellaswag_path, cfg.model.vocab_size)
-        out_dir = Path(cfg.out_dir)
-        if not cfg.resume and (out_dir / "metrics.jsonl").is_file():
-            aside = next(p for i in range(1, 10_000) if not (p := out_dir.with_name(f"{out_dir.name}.{i}")).exists())
-            out_dir.rename(aside)
-            print(f"{out_dir} held an earlier run: moved to {aside} (to go on with a run instead, --resume True)")
-        (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     barrier()
+
+
+def open_run_folder(cfg: Config) -> None:
+    """Make out_dir and its config.json; an earlier run there, unless this one resumes it, is moved aside, not lost."""
+    out_dir = Path(cfg.out_dir)
+    if not cfg.resume and (out_dir / "metrics.jsonl").is_file():
+        aside = next(p for i in itertools.count(1) if not (p := out_dir.with_name(f"{out_dir.name}.{i}")).exists())
+        out_dir.rename(aside)
+        print(f"{out_dir} held an earlier run, now in {aside}; --resume True would have gone on with it")
+    (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with atomic_write(out_dir / "config.json", "w") as file:
+        json.dump(config_as_dict(cfg), file, indent=1)
 
 
 @torch.no_grad()
@@ -263,25 +271,11 @@ def validate(model: Transformer, stream: TokenStream, byte_lengths: Tensor, cfg:
     return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(1, text_bytes)}
 
 
-def continue_prompts(model: Transformer, tokenizer: Tokenizer, cfg: Config, step: int) -> str:
-    """Continuations of the prompts in the block, the same for the same model and step."""
-    ids = generate(
-        model,
-        [tokenizer.encode(prompt, bos=True) for prompt in cfg.prompts],
-        max_new_tokens=cfg.generate_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        stop_tokens=tokenizer.stop_tokens,
-        generator=torch.Generator(model.output.weight.device).manual_seed(cfg.seed + step),
-    )
-    return "\n\n".join(prompt + tokenizer.decode(new) for prompt, new in zip(cfg.prompts, ids, strict=True))
-
-
 def train(cfg: Config, process: Process) -> int:
     """The run; returns the exit status."""
     device, out_dir = process.device, Path(cfg.out_dir)
     torch.manual_seed(cfg.seed)
-    prepare_run(cfg, process)
+    prepare_sample(cfg, process)
 
     # Data
     tokenizer = Tokenizer(vocab_size=cfg.model.vocab_size)
@@ -333,13 +327,13 @@ def train(cfg: Config, process: Process) -> int:
         model.compile_blocks()
     ddp: torch.nn.Module = model
     if process.world_size > 1:
-        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
     # Records
     if process.is_main:
-        with atomic_write(out_dir / "config.json", "w") as file:
-            json.dump(config_as_dict(cfg), file, indent=1)
+        open_run_folder(cfg)
+    barrier()
     wandb_run = start_wandb(
         project=cfg.wandb_project,
         name=out_dir.name,
@@ -384,7 +378,16 @@ def train(cfg: Config, process: Process) -> int:
                 )
                 figures |= row
             if sample and process.is_main:
-                text = continue_prompts(model, tokenizer, cfg, step)
+                texts = complete(
+                    model,
+                    tokenizer,
+                    cfg.prompts,
+                    max_new_tokens=cfg.generate_tokens,
+                    temperature=cfg.temperature,
+                    top_p=cfg.top_p,
+                    seed=cfg.seed + step,
+                )
+                text = "\n\n".join(texts)
                 with open(out_dir / "samples.txt", "a", encoding="utf-8") as file:
                     file.write(f"===== step {step}\n{text}\n\n")
                 process.print(f"----- step {step}\n{text}\n-----")
@@ -396,7 +399,7 @@ def train(cfg: Config, process: Process) -> int:
     batches = windows.batches(start_step, cfg.max_steps, device)
     stop = StopSignal()
     loop_began, timed_from = time.perf_counter(), step
-    while step < cfg.max_steps and not stop.signal:
+    while step < cfg.max_steps and not stop.number:
         # ---- one update: accumulate, clip, learning rate, step
         step += 1
         began = time.perf_counter()
@@ -425,7 +428,7 @@ def train(cfg: Config, process: Process) -> int:
             optimizer.zero_grad(set_to_none=True)
 
         # ---- what all processes must agree on: the loss, whether it is a number, whether someone asked to stop
-        losses, stop.signal = share(mean_loss.item(), stop.signal, process)
+        losses, stop.number = share(mean_loss.item(), stop.number, process)
         seconds = time.perf_counter() - began
         broken = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
         if broken or not math.isfinite(grad_norm):
@@ -463,7 +466,7 @@ def train(cfg: Config, process: Process) -> int:
             hellaswag=is_due(cfg.hellaswag_every, step) or (last and cfg.hellaswag_every > 0),
             sample=is_due(cfg.generate_every, step) or (last and cfg.generate_every > 0),
         )
-        if last or stop.signal or is_due(cfg.save_every, step):
+        if last or stop.number or is_due(cfg.save_every, step):
             is_best = figures.get("val_loss", math.inf) < best_val_loss
             best_val_loss = min(best_val_loss, figures.get("val_loss", math.inf))
             if process.is_main:
@@ -487,34 +490,13 @@ def train(cfg: Config, process: Process) -> int:
             barrier()
     metrics.close()
     if step < cfg.max_steps:
-        process.print(f"stopped behind step {step} by {signal.Signals(stop.signal).name}; --resume True goes on there")
-        return 128 + stop.signal
+        process.print(f"stopped behind step {step} by {signal.Signals(stop.number).name}; --resume True goes on there")
+        return 128 + stop.number
     return 0
 
 
 def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the loop grants behind the current step; the second kills."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number: int, frame) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-
-def share(loss: float, stop: int, process: Process) -> tuple[list[float], int]:
-    """Every process's loss and the strongest wish to stop, the same everywhere: one small all-reduce."""
-    table = [0.0] * (2 * process.world_size)
-    table[process.rank], table[process.world_size + process.rank] = loss, stop
-    table = sum_over_processes(table, process.device)
-    return table[: process.world_size], int(max(table[process.world_size :]))
 
 
 def main() -> int:
@@ -526,6 +508,10 @@ def main() -> int:
         if is_main_process():
             print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if is_main_process():
+            print("train.py: interrupted outside of a training step; what was saved before is whole", file=sys.stderr)
+        return 130
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return status
