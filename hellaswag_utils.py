@@ -60,7 +60,15 @@ def render(row: dict, tokenizer: Tokenizer) -> Example:
 
 
 def load_examples(path: str | Path, tokenizer: Tokenizer, limit: int | None = None) -> list[Example]:
-    return [render(row, tokenizer) for row in islice(iterate_rows(path), limit)]
+    """The first `limit` rows of a file (None: all), rendered.
+
+    Raises:
+        ValueError: there are none, or a line is no row.
+    """
+    examples = [render(row, tokenizer) for row in islice(iterate_rows(path), limit)]
+    if not examples:
+        raise ValueError(f"{path}: holds no rows; load_hellaswag_dataset.py fetches them")
+    return examples
 
 
 def benchmark_name(path: str | Path) -> str:
@@ -140,8 +148,6 @@ def main() -> int:
         device = pick_device(args.device)
         model, checkpoint = load_model(args.checkpoint, device)
         examples = load_examples(args.data, Tokenizer(vocab_size=model.config.vocab_size), args.limit)
-        if not examples:
-            raise ValueError(f"{args.data}: holds no rows")
     except (ValueError, OSError) as error:
         print(f"hellaswag_utils.py: {error}", file=sys.stderr)
         return 1

@@ -41,8 +41,9 @@ FINEWEB_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 SAMPLE_ROOT = "data/sample"
 SAMPLE_VOCAB_SIZE = 8192
 SAMPLE_SHARD_SIZE = 2**17  # so that the validation shard is 4% of a corpus of about 3 million tokens
-# Tests differ between installations, encodings/ holds near-identical tables, the rest is not the library itself.
-SAMPLE_EXCLUDED = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
+# Tests differ between installations, encodings/ and pydoc_data/ hold tables and prose, the rest is not the library.
+SAMPLE_EXCLUDED = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
+SAMPLE_EXCLUDED |= {"site-packages", "dist-packages", "__pycache__"}
 
 CHUNK_CHARS = 1_000_000  # text handed to a worker at once: large against the cost of handing over
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
@@ -353,7 +354,7 @@ def main() -> int:
     default_name = "fineweb-edu-10BT" if args.source == ["fineweb-edu"] else Path(args.source[0]).name.split(".")[0]
     out_dir = args.out_dir or f"data/{default_name}"
 
-    began = time.perf_counter()
+    began, was_prepared = time.perf_counter(), is_prepared(out_dir)
     try:
         manifest = prepare(
             args.source,
@@ -371,7 +372,7 @@ def main() -> int:
         return 130
     seconds, shards = time.perf_counter() - began, manifest["shards"]
     print(
-        f"{out_dir}: {manifest['documents']:,} documents ({manifest['skipped_documents']} without text left out), "
+        f"{out_dir}: {'already prepared, ' if was_prepared else ''}{manifest['documents']:,} documents ({manifest['skipped_documents']} without text left out), "
         f"{manifest['tokens']:,} tokens in {len(shards)} shards ({shards[0]['tokens']:,} for validation), "
         f"{sum(s['text_bytes'] for s in shards) / manifest['tokens']:.2f} bytes a token; {seconds:.1f} s"
     )

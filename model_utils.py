@@ -127,7 +127,8 @@ def can_compile(device: torch.device) -> bool:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # whatever the compiler says, the answer is no, and training goes on without it
-        print(f"torch.compile does not work here ({type(error).__name__}); training uncompiled, which is slower")
+        if is_main_process():
+            print(f"torch.compile does not work here ({type(error).__name__}); training uncompiled, which is slower")
         return False
 
 

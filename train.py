@@ -295,8 +295,9 @@ def train(cfg: Config, process: Process) -> int:
         rank=process.rank,
         world_size=process.world_size,
     )
-    examples = hellaswag_utils.load_examples(cfg.hellaswag_path, tokenizer) if cfg.hellaswag_every else []
-    examples = examples[: cfg.hellaswag_limit or None]
+    examples = []
+    if cfg.hellaswag_every:
+        examples = hellaswag_utils.load_examples(cfg.hellaswag_path, tokenizer, cfg.hellaswag_limit or None)
 
     # Model and optimizers, new or as a checkpoint left them
     model = Transformer(cfg.model).to(device)
@@ -325,9 +326,10 @@ def train(cfg: Config, process: Process) -> int:
     # The wrappers see the loaded weights; evaluation and saving use the bare `model`
     if cfg.compile is True or (cfg.compile == "auto" and can_compile(device)):
         model.compile_blocks()
+        process.print("compiling; the first step takes up to a minute")
     ddp: torch.nn.Module = model
     if process.world_size > 1:
-        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
     # Records
