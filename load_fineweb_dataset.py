@@ -370,11 +370,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print("load_fineweb_dataset.py: stopped; the unfinished folder was cleared", file=sys.stderr)
         return 130
-    seconds, shards = time.perf_counter() - began, manifest["shards"]
+    seconds, shards, tokens = time.perf_counter() - began, manifest["shards"], manifest["tokens"]
     print(
-        f"{out_dir}: {'already prepared, ' if was_prepared else ''}{manifest['documents']:,} documents ({manifest['skipped_documents']} without text left out), "
-        f"{manifest['tokens']:,} tokens in {len(shards)} shards ({shards[0]['tokens']:,} for validation), "
-        f"{sum(s['text_bytes'] for s in shards) / manifest['tokens']:.2f} bytes a token; {seconds:.1f} s"
+        f"{out_dir}: {'already prepared, ' if was_prepared else ''}{manifest['documents']:,} documents "
+        f"({manifest['skipped_documents']} without text left out), {tokens:,} tokens in {len(shards)} shards "
+        f"({shards[0]['tokens']:,} for validation), {sum(s['text_bytes'] for s in shards) / tokens:.2f} bytes a token; "
+        f"{seconds:.1f} s"
     )
     if len(shards) == 1:
         print("All of it fits the validation shard: for training data, choose a smaller --shard_size.", file=sys.stderr)

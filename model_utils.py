@@ -82,7 +82,9 @@ def start_process(device: torch.device) -> Process:
     if world_size() > 1:
         if device.type == "cpu":  # torchrun sets one thread a process, whatever the cores
             torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("gloo")
+        else:
+            dist.init_process_group("nccl", device_id=device)
     return Process(int(os.environ.get("RANK", 0)), world_size(), device)
 
 

@@ -510,6 +510,9 @@ def main() -> int:
         if is_main_process():
             print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: {str(error).splitlines()[0]} Halve --batch_size; the update stays the same", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         if is_main_process():
             print("train.py: interrupted outside of a training step; what was saved before is whole", file=sys.stderr)
