@@ -259,7 +259,7 @@ def validate(model: Transformer, stream: TokenStream, byte_lengths: Tensor, cfg:
     for x, y in validation_batches(
         stream,
         seq_len=cfg.model.max_seq_len,
-        batch_size=cfg.batch_size,
+        batch_size=max(1, cfg.batch_size // 4),  # uncompiled, the logits are held three times over
         max_tokens=cfg.val_tokens,
         rank=process.rank,
         world_size=process.world_size,
