@@ -89,7 +89,7 @@ class TokenStream:
     @property
     def shards(self) -> list[np.ndarray]:
         if self._shards is None:
-            self._shards = [np.load(self.root / file, mmap_mode="r") for file in self.files]
+            self._shards = [np.lib.format.open_memmap(self.root / file, mode="r") for file in self.files]
         return self._shards
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -113,7 +113,7 @@ class TokenStream:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: listed in the manifest but missing; prepare the folder anew")
         try:
-            shard = self.shards[index]
+            shard = np.lib.format.open_memmap(path, mode="r")
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{path}: damaged or cut short ({error}); prepare the folder anew") from error
         if shard.dtype != self.dtype or shard.shape != (count,):

@@ -4,6 +4,7 @@ python generate.py --checkpoint runs/sample --prompt "def main("
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -71,7 +72,7 @@ def generate(
         ended |= torch.isin(new[-1], stop) | (lengths >= longest - 1)
     texts = []
     for prompt, ids in zip(prompts, torch.stack(new, dim=1).tolist(), strict=True):
-        ids = ids[: longest - len(prompt)]
+        ids = ids[: min(max_new_tokens, longest - len(prompt))]
         texts.append(ids[: next((i for i, token in enumerate(ids) if token in stop_tokens), len(ids))])
     return texts
 
@@ -87,16 +88,17 @@ def complete(
     seed: int,
 ) -> list[str]:
     """Each prompt with its continuation, as text; the same seed, the same texts."""
+    encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     continuations = generate(
         model,
-        [tokenizer.encode(prompt, bos=True) for prompt in prompts],
+        encoded,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         stop_tokens=tokenizer.stop_tokens,
         generator=torch.Generator(model.output.weight.device).manual_seed(seed),
     )
-    return [prompt + tokenizer.decode(ids) for prompt, ids in zip(prompts, continuations, strict=True)]
+    return [tokenizer.decode(prompt[1:] + ids) for prompt, ids in zip(encoded, continuations, strict=True)]
 
 
 def main() -> int:
@@ -109,7 +111,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same text (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     args = parser.parse_args()
-    if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error("--max_new_tokens must be at least 1, --temperature 0 or more, --top_p above 0 and at most 1")
     try:
         device = pick_device(args.device)

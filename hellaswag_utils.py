@@ -40,13 +40,14 @@ def iterate_rows(path: str | Path) -> Iterator[dict]:
     Raises:
         ValueError: a line is no row; the message names file and line.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # json decodes, and answers bytes that are no UTF-8 as it does all else
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-                valid = isinstance(row["ctx"], str) and all(isinstance(ending, str) for ending in row["endings"])
+                valid = isinstance(row["ctx"], str) and isinstance(row["endings"], list)
+                valid = valid and all(isinstance(ending, str) for ending in row["endings"])
                 valid = valid and int(row["label"]) in range(len(row["endings"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):  # the last: a label of Infinity
                 valid = False
             if not valid:
                 raise ValueError(f"{path}, line {number}: not a row of HellaSwag (ctx, endings, label); mend the line")

@@ -20,6 +20,7 @@ import signal
 import sys
 import sysconfig
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -107,8 +108,11 @@ def _sample_documents() -> Iterator[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [p.relative_to(root) for p in root.rglob("*.py") if not SAMPLE_EXCLUDED & set(p.relative_to(root).parts)]
     # In the order of their hashes: shuffled, so that the held-out shard is like the rest, and the same everywhere.
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
-        yield (root / name).read_text(encoding="utf-8", errors="replace")
+    texts = [
+        (root / name).read_text(encoding="utf-8", errors="replace")
+        for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    ]
+    yield from dict.fromkeys(texts)  # a file that is there twice must not be both held out and trained on
 
 
 def _file_documents(paths: list[Path]) -> Iterator:
@@ -120,8 +124,9 @@ def _file_documents(paths: list[Path]) -> Iterator:
                 yield from _parquet_documents(path)
             else:
                 yield from _jsonl_documents(path)
-        except (OSError, EOFError) as error:
-            raise SourceError(f"{path}: cannot be read ({error}); replace the file") from error
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())  # pyarrow's have several lines
+            raise SourceError(f"{path}: cannot be read ({reason}); replace the file") from error
 
 
 def _parquet_documents(path: Path) -> Iterator:
@@ -145,7 +150,7 @@ def _jsonl_documents(path: Path) -> Iterator:
                 continue
             try:
                 yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise SourceError(f'{path}, line {number}: not a JSON object with a "text"; mend the line') from error
 
 
@@ -173,15 +178,21 @@ def _start_worker(vocab_size: int, in_pool: bool = True) -> None:
     _tokenizer = Tokenizer(vocab_size=vocab_size)
 
 
-def _tokenize(documents: list) -> tuple[np.ndarray, int]:
-    """Ids of the documents, one behind the other, and how many were empty or no text and were left out."""
-    texts = [document for document in documents if isinstance(document, str) and document]
+def _tokenize(documents: list) -> tuple[np.ndarray, list[int]]:
+    """Ids of the documents, one behind the other; and for each that is empty or no text, and is left out, how many
+    others come before it."""
+    texts, skipped = [], []
+    for document in documents:
+        if isinstance(document, str) and document:
+            texts.append(document)
+        else:
+            skipped.append(len(texts))
     ids = [_tokenizer.encode_document(text) for text in texts]
     dtype = token_dtype(_tokenizer.vocab_size)
-    return np.concatenate(ids or [[]], dtype=dtype, casting="unsafe"), len(documents) - len(texts)
+    return np.concatenate(ids or [[]], dtype=dtype, casting="unsafe"), skipped
 
 
-def _tokenized(chunks: Iterator[list], vocab_size: int, num_proc: int) -> Iterator[tuple[np.ndarray, int]]:
+def _tokenized(chunks: Iterator[list], vocab_size: int, num_proc: int) -> Iterator[tuple[np.ndarray, list[int]]]:
     """`_tokenize` over the chunks in `num_proc` processes, results in the chunks' order, a few chunks ahead."""
     if num_proc == 1:
         _start_worker(vocab_size, in_pool=False)
@@ -289,13 +300,17 @@ def prepare(
         "max_tokens": max_tokens,
     }
     if is_prepared(out_dir):
-        manifest = json.loads((out_dir / MANIFEST).read_text())
+        try:
+            manifest = {**json.loads((out_dir / MANIFEST).read_text())}
+        except (ValueError, TypeError) as error:
+            raise SourceError(f"{out_dir / MANIFEST}: not a manifest; delete {out_dir} and run this again") from error
         different = [f"{k} {manifest.get(k)} there, {now} asked" for k, now in recipe.items() if manifest.get(k) != now]
         if different:
             raise SourceError(f"{out_dir}: holds other data ({'; '.join(different)}); choose another --out_dir")
         return manifest
     out_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in out_dir.glob("edufineweb_*.npy"):  # of a run that was killed: without a manifest it is no data
+    # Of a run that was killed: without a manifest it is no data.
+    for leftover in [*out_dir.glob("edufineweb_*.npy"), *out_dir.glob(".edufineweb_*.tmp")]:
         leftover.unlink()
 
     size = shard_size or (SAMPLE_SHARD_SIZE if source == ["sample"] else 100_000_000)
@@ -306,11 +321,12 @@ def prepare(
             tqdm(total=max_tokens, unit="token", unit_scale=True, disable=not show_progress) as progress,
             closing(_tokenized(_chunks(opened.documents), vocab_size, num_proc)) as results,
         ):
-            for ids, empty in results:
-                skipped += empty
+            for ids, left_out in results:
                 if max_tokens is not None and tokens + len(ids) >= max_tokens:
                     ends = np.flatnonzero(ids == tokenizer.eos_id) + 1
-                    ids = ids[: ends[np.searchsorted(ends, max_tokens - tokens)]]
+                    last = np.searchsorted(ends, max_tokens - tokens)
+                    ids, left_out = ids[: ends[last]], [i for i in left_out if i <= last]
+                skipped += len(left_out)
                 writer.add(ids)
                 tokens += len(ids)
                 progress.update(len(ids))

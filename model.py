@@ -50,7 +50,7 @@ class ModelConfig:
             for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
             if getattr(self, name) < 1
         ]
-        if self.ffn_dim_multiplier is not None and not self.ffn_dim_multiplier > 0:
+        if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < math.inf:
             found.append(f"ffn_dim_multiplier={self.ffn_dim_multiplier}: must be positive, or None for 1")
         for name in ("norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
@@ -59,6 +59,8 @@ class ModelConfig:
             found.append(f"rope_scale={self.rope_scale}: must be 1 (off) or more")
         if found:
             return found  # what follows divides by these
+        if self.ffn_dim < 1:
+            found.append(f"ffn_dim_multiplier={self.ffn_dim_multiplier}: leaves no feed-forward; raise it")
         if self.dim % self.n_heads:
             found.append(f"dim={self.dim}: must be a multiple of n_heads={self.n_heads}")
         elif self.head_dim % 2:

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str) -> dict:
         ValueError: the file is damaged or not one of ours.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the check sums
+            if damaged := archive.testzip():
+                raise ValueError(f"the check sum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         if checkpoint["format_version"] != CHECKPOINT_FORMAT_VERSION:
             raise ValueError(f"format {checkpoint['format_version']}, this code reads {CHECKPOINT_FORMAT_VERSION}")
@@ -254,9 +258,14 @@ def load_checkpoint(path: str | Path, device: torch.device | str) -> dict:
 
 def load_model(path: str | Path, device: torch.device | str) -> tuple[Transformer, dict]:
     """The model of a checkpoint (file or run directory), rebuilt from the file alone, and the checkpoint."""
-    checkpoint = load_checkpoint(find_checkpoint(path), device)
-    model = Transformer(ModelConfig(**checkpoint["config"]["model"])).to(device)
-    model.load_state_dict(checkpoint["model"])
+    path = find_checkpoint(path)
+    checkpoint = load_checkpoint(path, device)
+    try:
+        model = Transformer(ModelConfig(**checkpoint["config"]["model"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:  # a field or weight missing, unknown or of another shape
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: its weights and its configuration do not make a model ({reason})") from error
     return model.eval(), checkpoint
 
 

@@ -113,7 +113,10 @@ class Tokenizer:
 
     def encode_document(self, text: str) -> np.ndarray:
         """`encode(text, bos=True, eos=True)` as a uint32 array, without a Python object for every id."""
-        ids = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _split_long(text)]
+        try:
+            ids = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _split_long(text)]
+        except UnicodeEncodeError:  # lone surrogates, which only encode_ordinary replaces
+            return np.array(self.encode(text, bos=True, eos=True), dtype=np.uint32)
         return np.concatenate([[self.bos_id], *ids, [self.eos_id]], dtype=np.uint32, casting="unsafe")
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -55,6 +55,7 @@ from model_utils import (
     world_size,
 )
 from optimizers import build_optimizers, lr_factor
+from report import write_report
 from tokenizer import VOCAB_SIZES, Tokenizer
 
 # ================================ CONFIGURATION ================================
@@ -494,6 +495,11 @@ def train(cfg: Config, process: Process) -> int:
     if step < cfg.max_steps:
         process.print(f"stopped behind step {step} by {signal.Signals(stop.number).name}; --resume True goes on there")
         return 128 + stop.number
+    if process.is_main:
+        write_report([out_dir], out_dir / "report.html")
+        print(
+            f"done: {out_dir / 'report.html'} has the plots; `python generate.py --checkpoint {out_dir} --prompt ...`"
+        )
     return 0
 
 

@@ -1,0 +1,506 @@
+import io
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import dataloaders
+from dataloaders import TokenStream, TrainWindows, shuffled, validation_batches
+from load_fineweb_dataset import prepare
+from tokenizer import Tokenizer
+
+VOCAB = 4096  # uint16
+FINGERPRINT = "a tokenizer's"
+
+
+def write_folder(root, *, train=(100, 100, 57), val=(61,), vocab_size=VOCAB, dtype="uint16"):
+    """A prepared folder written by hand, token ids 0, 1, 2, ...: a training token's id is its stream position."""
+    root.mkdir(parents=True, exist_ok=True)
+    shards, position = [], {"val": 0, "train": 0}
+    for index, (split, tokens) in enumerate([("val", n) for n in val] + [("train", n) for n in train]):
+        name = f"edufineweb_{split}_{index:06d}.npy"
+        np.save(root / name, np.arange(position[split], position[split] + tokens).astype(dtype))
+        position[split] += tokens
+        shards.append({"file": name, "split": split, "tokens": tokens})
+    manifest = {"format_version": 1, "vocab_size": vocab_size, "dtype": dtype, "tokenizer_fingerprint": FINGERPRINT}
+    (root / "manifest.json").write_text(json.dumps({**manifest, "shards": shards}))
+    return root
+
+
+def open_stream(root, split="train", vocab_size=VOCAB, fingerprint=FINGERPRINT):
+    return TokenStream(root, split, vocab_size=vocab_size, fingerprint=fingerprint)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "data")
+
+
+@pytest.fixture
+def stream(folder):
+    return open_stream(folder)
+
+
+# ---------------------------------------------------------------- the stream
+
+
+def test_reads_what_load_fineweb_dataset_writes(tmp_path):
+    texts = ["First.", "Zürich, 東京 🦙", "third " * 40]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", vocab_size=600, shard_size=50, show_progress=False)
+    tokenizer = Tokenizer(vocab_size=600)
+    ids = [
+        i
+        for split in ("val", "train")
+        for s in [open_stream(tmp_path / "out", split, 600, tokenizer.fingerprint)]
+        for i in s.read(0, len(s))
+    ]
+    assert ids == [i for text in texts for i in tokenizer.encode(text, bos=True, eos=True)]
+
+
+def test_read_equals_a_slice_of_the_concatenated_shards(tmp_path):
+    lengths = (3, 1, 7, 1, 1, 5)
+    root = write_folder(tmp_path, train=lengths)
+    stream = open_stream(root)
+    whole = np.concatenate([np.load(root / f"edufineweb_train_{i:06d}.npy") for i in range(1, 7)])
+    assert len(stream) == len(whole) == sum(lengths)
+    for start in range(len(whole)):
+        for stop in range(start + 1, len(whole) + 1):
+            piece = stream.read(start, stop)
+            assert piece.dtype == np.int64
+            assert piece.tolist() == whole[start:stop].tolist()
+
+
+def test_the_splits_are_apart(folder):
+    assert open_stream(folder, "val").read(0, 61).tolist() == list(range(61))
+    assert len(open_stream(folder, "val")) == 61
+    assert len(open_stream(folder, "train")) == 257
+
+
+def test_ids_beyond_16_bits_are_read_whole(tmp_path):
+    root = write_folder(tmp_path, train=(3,), vocab_size=128_256, dtype="uint32")
+    np.save(root / "edufineweb_train_000001.npy", np.array([65_535, 65_536, 128_255], dtype=np.uint32))
+    assert open_stream(root, vocab_size=128_256).read(0, 3).tolist() == [65_535, 65_536, 128_255]
+
+
+# ---------------------------------------------------------------- the order
+
+
+@pytest.mark.parametrize("seed", [0, 1337])
+def test_shuffled_is_a_permutation_of_any_small_range(seed):
+    for n in range(1, 301):
+        assert sorted(shuffled(np.arange(n), n, seed=seed, epoch=n % 3).tolist()) == list(range(n))
+
+
+# Around powers of two and four, where the number of bits of the network's halves changes.
+@pytest.mark.parametrize("n", [4095, 4096, 4097, 2**15 - 1, 2**15, 2**15 + 1, 2**16, 2**16 + 1, 100_003])
+def test_shuffled_is_a_permutation_of_larger_ranges(n):
+    assert (np.sort(shuffled(np.arange(n), n, seed=3, epoch=1)) == np.arange(n)).all()
+
+
+@pytest.mark.parametrize("n", [10_000_000, 2**32, 2**40 + 1, 10**12])
+def test_shuffled_needs_no_table_for_huge_ranges(n):
+    index = np.concatenate([np.arange(2000), np.arange(n - 2000, n)])
+    values = shuffled(index, n, seed=0, epoch=0)
+    assert len(np.unique(values)) == len(index)
+    assert values.min() >= 0 and values.max() < n
+
+
+def test_shuffled_differs_by_seed_and_by_epoch():
+    orders = [tuple(shuffled(np.arange(1000), 1000, seed=seed, epoch=epoch)) for seed in range(5) for epoch in range(5)]
+    assert len(set(orders)) == 25
+    assert tuple(range(1000)) not in orders
+    for i, one in enumerate(orders):  # two random permutations agree in one place on average, and never in 20
+        assert all(sum(a == b for a, b in zip(one, other, strict=True)) < 20 for other in orders[:i])
+
+
+def test_shuffled_values_do_not_depend_on_what_is_asked_with_them():
+    whole = shuffled(np.arange(100), 100, seed=5, epoch=2)
+    assert shuffled(np.arange(100).reshape(4, 5, 5), 100, seed=5, epoch=2).tolist() == whole.reshape(4, 5, 5).tolist()
+    assert [int(shuffled(np.array(i), 100, seed=5, epoch=2)) for i in range(100)] == whole.tolist()
+    assert shuffled(np.array([], dtype=np.int64), 100, seed=5, epoch=2).tolist() == []
+
+
+# Pinned: another order would silently give a resumed run windows that it has seen already.
+@pytest.mark.parametrize(
+    ("n", "seed", "epoch", "first"),
+    [
+        (10, 0, 0, [4, 8, 2, 7, 1, 5, 0, 9, 6, 3]),
+        (10, 0, 1, [2, 9, 1, 7, 0, 8, 6, 4, 3, 5]),
+        (10, 1, 0, [7, 6, 0, 5, 8, 1, 9, 2, 3, 4]),
+        (1_000, 1_337, 0, [92, 558, 342, 920, 814, 807, 238, 608]),
+        (19_531_249, 1_337, 3, [13328723, 6105198, 16503646, 16823120, 18591824]),
+        (1_000_000_000_000, 1_099_511_627_776, 7, [830629657205, 104910322070, 28331831455]),
+    ],
+)
+def test_the_order_is_the_one_of_earlier_runs(n, seed, epoch, first):
+    assert shuffled(np.arange(len(first)), n, seed=seed, epoch=epoch).tolist() == first
+
+
+# ---------------------------------------------------------------- training batches
+
+T = 8  # 257 training tokens: 32 windows of 8 and the last target, an epoch that 12 windows a step do not divide
+WINDOWS, PER_STEP = 32, 12
+
+
+def make_windows(stream, *, world_size=1, rank=0, batch_size=3, accumulation=None, seed=7, seq_len=T):
+    accumulation = accumulation or PER_STEP // (batch_size * world_size)
+    return TrainWindows(
+        stream,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def consumed(stream, world_size, batch_size, start, end):
+    """Per step, the windows that all processes train on, in the order of the micro-steps and ranks."""
+    steps = []
+    ranks = [make_windows(stream, world_size=world_size, rank=r, batch_size=batch_size) for r in range(world_size)]
+    for step in range(start, end):
+        batches = [list(w.batches(step, step + 1, torch.device("cpu"))) for w in ranks]
+        assert len({len(b) for b in batches}) == 1  # no rank waits for another's missing batch
+        steps.append([int(row[0]) // T for micro in zip(*batches, strict=True) for x, _ in micro for row in x])
+    return steps
+
+
+SHARED = [(1, 1), (1, 3), (1, 12), (2, 3), (2, 6), (3, 1), (3, 2), (4, 1), (4, 3)]  # (world_size, batch_size)
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), SHARED)
+def test_a_step_takes_the_same_windows_however_many_processes_share_them(stream, world_size, batch_size):
+    alone = consumed(stream, 1, 12, 0, 9)
+    assert all(len(step) == PER_STEP for step in alone)
+    assert consumed(stream, world_size, batch_size, 0, 9) == alone
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), SHARED)
+def test_a_run_resumes_at_any_step_with_any_number_of_processes(stream, world_size, batch_size):
+    whole = consumed(stream, 1, 4, 0, 9)
+    for start in range(9):
+        assert consumed(stream, world_size, batch_size, start, 9) == whole[start:]
+
+
+def test_batches_of_several_steps_are_those_of_the_steps(stream):
+    windows = make_windows(stream)
+    together = list(windows.batches(2, 6, torch.device("cpu")))
+    assert len(together) == 4 * windows.accumulation
+    apart = [b for step in range(2, 6) for b in windows.batches(step, step + 1, torch.device("cpu"))]
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(together, apart, strict=True))
+    assert list(windows.batches(3, 3, torch.device("cpu"))) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 12])
+def test_an_epoch_has_every_window_once_also_where_a_batch_spans_two_epochs(stream, batch_size):
+    order = [w for step in consumed(stream, 1, batch_size, 0, 16) for w in step]  # 6 epochs of 32
+    epochs = [order[i : i + WINDOWS] for i in range(0, len(order), WINDOWS)]
+    assert all(sorted(epoch) == list(range(WINDOWS)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_a_batch_larger_than_the_corpus_spans_several_epochs(tmp_path):
+    stream = open_stream(write_folder(tmp_path, train=(5 * T + 1,)))
+    windows = make_windows(stream, batch_size=23, accumulation=1)
+    order = np.concatenate([windows.windows(i) for i in range(5)])  # 115 windows: 23 epochs of 5
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in order.reshape(23, 5).tolist())
+
+
+def test_another_seed_is_another_order(stream):
+    orders = {tuple(np.concatenate([make_windows(stream, seed=s).windows(i) for i in range(10)])) for s in range(10)}
+    assert len(orders) == 10
+
+
+def test_targets_are_the_inputs_shifted_by_one_and_both_are_the_stream(stream):
+    ids = stream.read(0, len(stream))
+    windows = make_windows(stream)
+    numbers = np.concatenate([windows.windows(i) for i in range(11)])
+    batches = [windows[i] for i in range(11)]
+    for x, y in batches:
+        assert x.shape == y.shape == (3, T)
+        assert x.dtype == y.dtype == torch.int64
+        assert x.is_contiguous() and y.is_contiguous()
+    for number, x, y in zip(numbers, *(torch.cat(side) for side in zip(*batches, strict=True)), strict=True):
+        assert x.tolist() == ids[number * T : (number + 1) * T].tolist()
+        assert y.tolist() == ids[number * T + 1 : (number + 1) * T + 1].tolist()
+
+
+def test_loader_processes_get_a_few_kilobytes_not_the_corpus(tmp_path):
+    stream = open_stream(
+        write_folder(tmp_path, train=(1_000_001, 1_000_000), vocab_size=2**21, dtype="uint32"), vocab_size=2**21
+    )
+    windows = make_windows(stream)
+    windows[0]  # maps the files
+    pickled = pickle.dumps(windows)
+    assert len(pickled) < 10_000
+    copy = pickle.loads(pickled)
+    for i in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(windows[i], copy[i], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # no GPU to pin memory for; forking with threads about
+def test_loader_processes_deliver_the_same_batches_in_the_same_order(stream):
+    windows = make_windows(stream)
+    # The loader for a GPU, which reads in worker processes; without one it only does not pin.
+    there = list(windows.batches(1, 4, torch.device("cuda")))
+    here = list(windows.batches(1, 4, torch.device("cpu")))
+    assert len(here) == 3 * windows.accumulation
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(there, here, strict=True))
+
+
+# ---------------------------------------------------------------- validation batches
+
+
+def validation_windows(stream, **kwargs):
+    batches = list(validation_batches(stream, **kwargs))
+    assert all(torch.equal(x[:, 1:], y[:, :-1]) and x.dtype == y.dtype == torch.int64 for x, y in batches)
+    assert all(len(x) <= kwargs["batch_size"] for x, _ in batches)
+    return [(tuple(x.tolist()), int(y[-1])) for xs, ys in batches for x, y in zip(xs, ys, strict=True)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 11])  # 7 windows: 11 processes leave some without any
+def test_the_shares_of_all_ranks_are_the_windows_of_one_process(folder, world_size):
+    stream = open_stream(folder, "val")
+    alone = validation_windows(stream, seq_len=T, batch_size=2, max_tokens=10**9)
+    assert alone == [(tuple(range(i, i + T)), i + T) for i in range(0, 7 * T, T)]
+    shares = [
+        validation_windows(stream, seq_len=T, batch_size=3, max_tokens=10**9, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert sorted(window for share in shares for window in share) == alone
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "windows"), [(1, 1), (T, 1), (2 * T - 1, 1), (2 * T, 2), (5 * T, 5), (99 * T, 7)]
+)
+def test_validation_stops_at_max_tokens(folder, max_tokens, windows):
+    stream = open_stream(folder, "val")
+    assert len(validation_windows(stream, seq_len=T, batch_size=2, max_tokens=max_tokens)) == windows
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def change_manifest(root, **fields):
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+
+
+def test_a_folder_without_manifest_is_refused_with_the_command_that_prepares_it(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        open_stream(folder)
+    assert str(folder / "manifest.json") in str(error.value)
+    assert f"`python load_fineweb_dataset.py --out_dir {folder} --vocab_size {VOCAB}`" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\x00", b"null", b"[]", b"{}", b'{"format_version": 1, "shards": 3}', b"<html>sorry</html>"],
+)
+def test_a_garbage_manifest_is_refused(folder, content):
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a manifest.*prepare it anew") as error:
+        open_stream(folder)
+    assert str(error.value).startswith(str(folder / "manifest.json"))
+
+
+@pytest.mark.parametrize("shard", [{}, {"split": "train"}, {"split": "train", "file": "x.npy", "tokens": None}])
+def test_a_manifest_with_a_garbage_shard_is_refused(folder, shard):
+    change_manifest(folder, shards=[shard])
+    with pytest.raises(ValueError, match=r"not a manifest.*prepare it anew"):
+        open_stream(folder)
+
+
+def test_another_format_version_is_refused(folder):
+    change_manifest(folder, format_version=2)
+    with pytest.raises(ValueError, match=r"manifest\.json: format 2, this code reads 1; prepare it anew"):
+        open_stream(folder)
+
+
+def test_another_vocabulary_is_refused_with_both_cures(folder):
+    with pytest.raises(ValueError) as error:
+        open_stream(folder, vocab_size=512)
+    assert str(folder / "manifest.json") in str(error.value)
+    assert f"--model.vocab_size {VOCAB}" in str(error.value)
+    assert "--vocab_size 512" in str(error.value)
+
+
+def test_another_tokenizer_is_refused(folder):
+    with pytest.raises(ValueError, match=r"manifest\.json: written with another tokenizer .*prepare the folder anew"):
+        open_stream(folder, fingerprint="another's")
+    assert len(open_stream(folder, fingerprint=None)) == 257  # None: the caller has no tokenizer to compare
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint32", "int16", "float32", "no dtype", None])
+def test_another_dtype_than_the_vocabularys_is_refused(folder, dtype):
+    change_manifest(folder, dtype=dtype)
+    with pytest.raises(ValueError, match=rf"manifest\.json: dtype {dtype} .*uint16.*prepare the folder anew"):
+        open_stream(folder)
+
+
+def test_a_folder_without_the_split_is_refused(tmp_path):
+    root = write_folder(tmp_path, train=())
+    assert len(open_stream(root, "val")) == 61
+    with pytest.raises(ValueError, match=r"manifest\.json: lists no train shard.*smaller --shard_size"):
+        open_stream(root, "train")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def truncate_header(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def garbage(path):
+    path.write_bytes(b"<html>404 Not Found</html>" * 20)
+
+
+def zipped(path):  # what np.savez would have left under this name
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("tokens", path.read_bytes())
+    path.write_bytes(buffer.getvalue())
+
+
+def another_dtype(path):
+    np.save(path, np.load(path).astype(np.uint32))
+
+
+def signed(path):
+    np.save(path, np.load(path).astype(np.int16))
+
+
+def shorter(path):
+    np.save(path, np.load(path)[:-1])
+
+
+def longer(path):
+    np.save(path, np.append(np.load(path), np.uint16(1)))
+
+
+def two_dimensional(path):
+    np.save(path, np.load(path)[None])
+
+
+def objects(path):  # a pickle: to load it would be to run it
+    np.save(path, np.array([{}] * 100, dtype=object), allow_pickle=True)
+
+
+DAMAGES = [truncate, truncate_header, empty, garbage, zipped, another_dtype, signed, shorter, longer]
+DAMAGES += [two_dimensional, objects]
+
+
+# The last shard too: a check that opens all of them at once must not blame the first.
+@pytest.mark.parametrize("index", [1, 3])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_replaced_shard_is_refused_by_its_name(folder, damage, index):
+    path = folder / f"edufineweb_train_{index:06d}.npy"
+    damage(path)
+    with pytest.raises(ValueError, match="prepare the folder anew") as error:
+        open_stream(folder)
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("index", [1, 3])
+def test_a_missing_shard_is_refused_by_its_name(folder, index):
+    path = folder / f"edufineweb_train_{index:06d}.npy"
+    path.unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match="prepare the folder anew") as error:
+        open_stream(folder)
+    assert str(error.value).startswith(f"{path}: listed in the manifest but missing")
+
+
+def overwrite(path, position, value):
+    ids = np.load(path)
+    ids[position] = value
+    np.save(path, ids)
+
+
+@pytest.mark.parametrize("index", [1, 3])
+@pytest.mark.parametrize("value", [VOCAB, 2**16 - 1])
+def test_an_id_beyond_the_vocabulary_is_refused_at_the_start(folder, index, value):
+    path = folder / f"edufineweb_train_{index:06d}.npy"
+    overwrite(path, -1, value)
+    with pytest.raises(ValueError, match=f"holds id {value}, the vocabulary ends at 4095; prepare") as error:
+        open_stream(folder)
+    assert str(error.value).startswith(str(path))
+
+
+def test_the_largest_id_of_the_vocabulary_is_accepted(folder):
+    overwrite(folder / "edufineweb_train_000001.npy", 0, VOCAB - 1)
+    assert open_stream(folder).read(0, 1).tolist() == [VOCAB - 1]
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_at_reading_where_the_start_did_not_look(folder, monkeypatch):
+    monkeypatch.setattr(dataloaders, "CHECKED_TOKENS", 3 * 10)  # the first 10 of each of three shards
+    path = folder / "edufineweb_train_000002.npy"
+    overwrite(path, 10, 5000)  # stream position 110
+    stream = open_stream(folder)
+    assert len(stream.read(0, 110)) == 110
+    assert len(stream.read(111, 257)) == 146
+    with pytest.raises(ValueError, match=r"holds id 5000.*prepare the folder anew") as error:
+        stream.read(90, 120)
+    assert str(error.value).startswith(str(path))
+    with pytest.raises(ValueError, match="holds id 5000"):
+        list(make_windows(stream).batches(0, 3, torch.device("cpu")))  # 36 windows: an epoch and more
+    overwrite(path, 9, 5000)
+    with pytest.raises(ValueError, match="holds id 5000"):
+        open_stream(folder)
+
+
+def test_too_few_training_tokens_are_refused(tmp_path):
+    windows = make_windows(open_stream(write_folder(tmp_path / "enough", train=(T + 1,))))
+    assert windows.num_windows == 1
+    assert windows[0][1].tolist() == [list(range(1, T + 1))] * 3
+    with pytest.raises(ValueError, match=f"{T} training tokens .*prepare more data") as error:
+        make_windows(open_stream(write_folder(tmp_path / "few", train=(T,))))
+    assert str(tmp_path / "few") in str(error.value)
+
+
+def test_too_few_validation_tokens_are_refused(tmp_path):
+    kwargs = {"seq_len": T, "batch_size": 2, "max_tokens": 1000}
+    enough = open_stream(write_folder(tmp_path / "enough", val=(T + 1,)), "val")
+    assert len(list(validation_batches(enough, **kwargs))) == 1
+    few = open_stream(write_folder(tmp_path / "few", val=(T,)), "val")
+    with pytest.raises(ValueError, match=f"{T} validation tokens .*--shard_size") as error:
+        list(validation_batches(few, **kwargs))
+    assert str(tmp_path / "few") in str(error.value)
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_another_split_of_the_same_total_batch_may_resume(stream):
+    saved = json.loads(json.dumps(make_windows(stream, batch_size=3).state()))
+    make_windows(stream, batch_size=1, world_size=4, rank=2).check_state(saved)
+
+
+def test_what_would_change_the_order_is_refused_by_name(stream, tmp_path):
+    saved = make_windows(stream).state()
+    shorter_stream = open_stream(write_folder(tmp_path / "shorter", train=(200,)))
+    for other, message in [
+        (make_windows(stream, seed=8), "seed was 7, is 8"),
+        (make_windows(stream, accumulation=5), "total_batch_size was 96, is 120"),
+        (make_windows(stream, world_size=2, accumulation=4), "total_batch_size was 96, is 192"),
+        (make_windows(stream, seq_len=4, accumulation=8), "max_seq_len was 8, is 4"),
+        (make_windows(shorter_stream), "training tokens was 257, is 200"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            other.check_state(saved)
+        assert message in str(error.value)
+        assert str(error.value).count(" was ") == 1  # what is the same is not named
+    with pytest.raises(ValueError, match="seed was None, is 7"):
+        make_windows(stream).check_state({key: value for key, value in saved.items() if key != "seed"})

@@ -1,0 +1,134 @@
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from files import atomic_write, is_prepared, sha256_of, shard_name, token_dtype
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def old(tmp_path):
+    path = tmp_path / "precious.bin"
+    path.write_bytes(b"old")
+    return path
+
+
+@pytest.mark.parametrize(("mode", "content"), [("wb", b"\x00\xff\r\n"), ("w", "Zürich, 東京\n")])
+def test_the_new_file_takes_the_name_in_a_folder_made_for_it(tmp_path, mode, content):
+    path = tmp_path / "a" / "b" / "file"
+    with atomic_write(path, mode) as file:
+        file.write(content)
+    assert path.read_bytes() == (content if mode == "wb" else content.encode("utf-8"))
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_readers_see_the_old_file_until_the_new_one_is_whole(old):
+    with atomic_write(old) as file:
+        file.write(b"new")
+        file.flush()
+        assert old.read_bytes() == b"old"
+        # A rename is only atomic within one file system, so the temporary must be a neighbour.
+        assert Path(file.name).parent == old.parent
+    assert old.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_exception_leaves_the_old_file_and_no_temporary(old, error):
+    with pytest.raises(error), atomic_write(old) as file:
+        file.write(b"new")
+        raise error
+    assert old.read_bytes() == b"old"
+    assert os.listdir(old.parent) == [old.name]
+
+
+def test_an_exception_leaves_nothing_where_nothing_was(tmp_path):
+    with pytest.raises(ValueError), atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+        raise ValueError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_temporary(old, monkeypatch):
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"), atomic_write(old) as file:
+        file.write(b"new")
+    assert old.read_bytes() == b"old"
+    assert os.listdir(old.parent) == [old.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no SIGKILL, and no folder can be synced")
+def test_a_killed_writer_leaves_the_old_content(old):
+    script = (
+        "import os, signal, sys\n"
+        "from files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as file:\n"
+        "    file.write(b'new' * 100_000)\n"
+        "    file.flush()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, old], cwd=REPO, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert old.read_bytes() == b"old"
+    with atomic_write(old) as file:  # what the killed writer left is in nobody's way
+        file.write(b"newer")
+    assert old.read_bytes() == b"newer"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no SIGKILL, and no folder can be synced")
+def test_content_and_name_reach_the_disk_in_that_order(old, monkeypatch):
+    # A power cut cannot be staged; the order of the system calls that survive one can.
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", os.fstat(fd).st_ino)), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", os.stat(a).st_ino)), replace(a, b)))
+    with atomic_write(old) as file:
+        file.write(b"new")
+    inode = old.stat().st_ino
+    assert events == [("fsync", inode), ("replace", inode), ("fsync", old.parent.stat().st_ino)]
+
+
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        (0, "edufineweb_val_000000.npy"),
+        (1, "edufineweb_train_000001.npy"),
+        (123_456, "edufineweb_train_123456.npy"),
+    ],
+)
+def test_shard_names(index, name):
+    assert shard_name(index) == name
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "name"),
+    [(256, "uint8"), (257, "uint16"), (512, "uint16"), (65_536, "uint16"), (65_537, "uint32"), (128_256, "uint32")],
+)
+def test_the_token_dtype_holds_the_largest_id_and_is_the_narrowest_that_does(vocab_size, name):
+    dtype = token_dtype(vocab_size)
+    assert dtype.name == name
+    assert np.array([vocab_size - 1]).astype(dtype)[0] == vocab_size - 1
+
+
+def test_a_folder_is_prepared_once_its_manifest_is_there(tmp_path):
+    (tmp_path / shard_name(0)).touch()
+    assert not is_prepared(tmp_path)
+    assert not is_prepared(tmp_path / "missing")
+    (tmp_path / "manifest.json").touch()
+    assert is_prepared(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 1, 3_000_000])  # the file is read in blocks of 2^20 bytes
+def test_sha256_of_a_file(tmp_path, size):
+    content = os.urandom(size)
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -1,0 +1,376 @@
+import json
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import hellaswag_utils
+from hellaswag_utils import (
+    Example,
+    as_metrics,
+    benchmark_name,
+    count_correct,
+    ending_log_probs,
+    iterate_rows,
+    load_examples,
+    render,
+)
+from model import ModelConfig, Transformer
+from model_utils import save_checkpoint
+from tokenizer import Tokenizer
+
+VOCAB = 512
+CONFIG = ModelConfig(
+    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, multiple_of=32, rope_theta=100.0, max_seq_len=40
+)
+ROW = {"ind": 1, "ctx": "A cat", "endings": ["sat.", "flew away.", "", "<|end_of_text|>"], "label": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On tensors this small a second thread only waits, for seconds where other programs keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random model with opinions: at the scale of a fresh one all endings would be nearly as likely."""
+    torch.manual_seed(0)
+    model = Transformer(CONFIG).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def random_examples(count, *, context=(1, 20), ending=(1, 19), seed=1):
+    """Examples that fit the model's 40 positions unless asked for longer ones; 2 to 5 endings."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        return torch.randint(VOCAB, (length,), generator=generator).tolist()
+
+    examples = []
+    for i in range(count):
+        endings = [ids(*ending) for _ in range(2 + i % 4)]
+        examples.append(Example(ids(*context), endings, i % len(endings)))
+    return examples
+
+
+def naive_log_probs(model, context, ending):
+    """One text at a time, all logits at all positions, a loop over the ending."""
+    ids = context + ending
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
+    return [log_probs[i - 1, ids[i]].item() for i in range(len(context), len(ids))]
+
+
+def naive_counts(model, examples):
+    right, right_norm = 0, 0
+    for example in examples:
+        scores = [naive_log_probs(model, example.context, ending) for ending in example.endings]
+        sums = [sum(score) for score in scores]
+        means = [sum(score) / len(score) for score in scores]
+        right += sums.index(max(sums)) == example.label
+        right_norm += means.index(max(means)) == example.label
+    return [right, right_norm, len(examples)]
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return random_examples(40)
+
+
+@pytest.fixture(scope="module")
+def expected(model, examples):
+    counts = naive_counts(model, examples)
+    assert 0 < counts[0] < 40 and 0 < counts[1] < 40 and counts[0] != counts[1], "these would show nothing"
+    return counts
+
+
+# ---------------------------------------------------------------- rows and their ids
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_come_in_order_and_whole(tmp_path):
+    rows = [ROW, {**ROW, "label": "3"}, {**ROW, "ctx": "Zürich 東京"}]  # the hub's copy has labels as strings
+    assert list(iterate_rows(write_rows(tmp_path / "a.jsonl", rows))) == rows
+
+
+def without(field):
+    return json.dumps({name: value for name, value in ROW.items() if name != field})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{",
+        "null",
+        "[1, 2]",
+        '"ctx endings label"',
+        "<html>",
+        without("ctx"),
+        without("endings"),
+        without("label"),
+        json.dumps({**ROW, "ctx": None}),
+        json.dumps({**ROW, "endings": 4}),
+        json.dumps({**ROW, "endings": []}),
+        json.dumps({**ROW, "endings": "four letters"}),
+        json.dumps({**ROW, "endings": ["a", None, "c", "d"]}),
+        json.dumps({**ROW, "label": 4}),
+        json.dumps({**ROW, "label": -1}),
+        json.dumps({**ROW, "label": ""}),  # HellaSwag's own test split
+        json.dumps({**ROW, "label": None}),
+        json.dumps(ROW)[:-9],
+        b"\xff\xfe",
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps(ROW).encode() + b"\n"
+    path.write_bytes(good + good + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
+    rows = iterate_rows(path)
+    with pytest.raises(ValueError) as error:
+        assert [next(rows), next(rows)] == [ROW, ROW]
+        next(rows)
+    assert str(error.value).startswith(f"{path}, line 3: ")
+
+
+def test_a_row_becomes_ids_with_the_space_at_the_endings_side(tokenizer):
+    example = render(ROW, tokenizer)
+    assert example.context == [tokenizer.bos_id, *tokenizer.encode("A cat")]
+    assert [tokenizer.decode(ending) for ending in example.endings] == [" " + ending for ending in ROW["endings"]]
+    assert example.label == 2
+    # The last ending only looks like a control id.
+    assert all(i < VOCAB - 256 for ending in example.endings for i in ending)
+    assert render({**ROW, "ctx": "<|eot_id|>", "label": "1"}, tokenizer).context.count(tokenizer.bos_id) == 1
+    assert render({**ROW, "label": "1"}, tokenizer).label == 1
+
+
+def test_a_limit_takes_the_first_rows_and_reads_no_further(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{**ROW, "ctx": str(i)} for i in range(5)] + ["malformed"])
+    examples = load_examples(path, tokenizer, limit=3)
+    assert [tokenizer.decode(example.context[1:]) for example in examples] == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="line 6"):
+        load_examples(path, tokenizer)
+
+
+def test_a_file_without_rows_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError) as error:
+        load_examples(write_rows(tmp_path / "a.jsonl", []), tokenizer)
+    assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}: holds no rows; ")
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_log_probabilities_equal_those_of_one_text_at_a_time(model):
+    texts = [(example.context, ending) for example in random_examples(20) for ending in example.endings]
+    with torch.no_grad():
+        scores = ending_log_probs(model, texts)
+    assert len(scores) == len(texts)
+    for (context, ending), score in zip(texts, scores, strict=True):
+        assert score.tolist() == pytest.approx(naive_log_probs(model, context, ending), abs=1e-4)
+
+
+def test_counts_equal_those_of_one_text_at_a_time(model, examples, expected):
+    assert count_correct(model, examples) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 40, 1000])
+def test_counts_do_not_depend_on_the_batch_size(model, examples, expected, batch_size):
+    assert count_correct(model, examples, batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 50])  # 50 processes: some have no example
+def test_the_shares_of_all_ranks_add_up_to_the_whole(model, examples, expected, world_size):
+    shares = [
+        count_correct(model, examples, rank=rank, world_size=world_size, batch_size=3) for rank in range(world_size)
+    ]
+    assert [sum(column) for column in zip(*shares, strict=True)] == expected
+    assert max(share[2] for share in shares) - min(share[2] for share in shares) <= 1
+
+
+def test_acc_takes_the_sum_and_acc_norm_the_mean(model, monkeypatch):
+    # Ending 0: three tokens of -1. Ending 1: one token of -2. The sum prefers 1, the mean prefers 0.
+    monkeypatch.setattr(
+        hellaswag_utils,
+        "ending_log_probs",
+        lambda model, texts: [torch.tensor([-1.0, -1.0, -1.0] if len(ids) == 3 else [-2.0]) for _, ids in texts],
+    )
+    endings = [[7, 7, 7], [7]]
+    assert count_correct(model, [Example([1], endings, 0)]) == [0, 1, 1]
+    assert count_correct(model, [Example([1], endings, 1)]) == [1, 0, 1]
+
+
+@pytest.mark.parametrize("context_len", [1, 2, 30, 31, 32, 33, 100])
+def test_a_text_that_is_too_long_loses_its_beginning_and_keeps_its_ending(model, context_len):
+    # 40 positions hold 40 inputs, and the last token is a target only: 41 ids, here 10 of them the ending's.
+    (example,) = random_examples(1, context=(context_len, context_len), ending=(10, 10))
+    with torch.no_grad():
+        scores = ending_log_probs(model, [(example.context, ending) for ending in example.endings])
+    for ending, score in zip(example.endings, scores, strict=True):
+        assert len(score) == 10
+        assert score.tolist() == pytest.approx(naive_log_probs(model, example.context[-31:], ending), abs=1e-4)
+
+
+@pytest.mark.parametrize("ending_len", [39, 40, 41, 90])
+def test_an_ending_that_is_too_long_is_scored_by_its_last_tokens(model, ending_len):
+    (example,) = random_examples(1, context=(5, 5), ending=(ending_len, ending_len))
+    with torch.no_grad():
+        scores = ending_log_probs(model, [(example.context, ending) for ending in example.endings])
+    for ending, score in zip(example.endings, scores, strict=True):
+        ids = (example.context + ending)[-41:]
+        scored = min(ending_len, 40)
+        assert len(score) == scored
+        assert score.tolist() == pytest.approx(naive_log_probs(model, ids[:-scored], ids[-scored:]), abs=1e-4)
+
+
+def test_long_and_short_texts_share_a_batch(model):
+    examples = random_examples(12, context=(1, 80), ending=(1, 60))
+    alone = [count_correct(model, [example]) for example in examples]
+    assert count_correct(model, examples, batch_size=5) == [sum(column) for column in zip(*alone, strict=True)]
+
+
+def test_scoring_keeps_no_activations_for_a_backward_pass(model, monkeypatch):
+    needed = []
+
+    def watched(model, texts):
+        scores = ending_log_probs(model, texts)
+        needed.extend(score.requires_grad for score in scores)
+        return scores
+
+    monkeypatch.setattr(hellaswag_utils, "ending_log_probs", watched)
+    count_correct(model, random_examples(2))
+    assert needed and not any(needed)
+
+
+def test_metrics_are_shares_of_the_examples():
+    metrics = {"hellaswag_acc": 0.25, "hellaswag_acc_norm": 0.5, "hellaswag_examples": 8}
+    assert as_metrics([2.0, 4.0, 8.0]) == metrics
+    assert isinstance(as_metrics([2.0, 4.0, 8.0])["hellaswag_examples"], int)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/hellaswag/hellaswag_val.jsonl", "HellaSwag"),
+        ("HellaSwag_val.jsonl", "HellaSwag"),
+        ("data/sample/sample_continuations.jsonl", "sample continuations"),
+        ("data/hellaswag/sample_continuations.jsonl", "sample continuations"),
+        ("my_own.jsonl", "my own"),
+    ],
+)
+def test_only_hellaswags_own_file_is_called_hellaswag(path, name):
+    assert benchmark_name(path) == name
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def save(folder, model, tokenizer, dtype="float32"):
+    return save_checkpoint(
+        folder,
+        {
+            "step": 30,
+            "model": model.state_dict(),
+            "config": {"model": asdict(CONFIG), "dtype": dtype},
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+        },
+        keep=1,
+        is_best=False,
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path, model, tokenizer):
+    return save(tmp_path / "run" / "checkpoints", model, tokenizer)
+
+
+@pytest.fixture
+def data(tmp_path):
+    texts = ["A cat sat", "Rain fell", "One, two", "The end of", "What"]
+    rows = [{**ROW, "ctx": text, "label": i % 4} for i, text in enumerate(texts)]
+    return write_rows(tmp_path / "sample_continuations.jsonl", rows)
+
+
+def main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["hellaswag_utils.py", "--device", "cpu", *map(str, args)])
+    return hellaswag_utils.main()
+
+
+@pytest.mark.parametrize("where", ["file", "run"])
+def test_the_last_line_of_the_output_is_a_json_object(
+    tmp_path, monkeypatch, capsys, model, tokenizer, checkpoint, data, where
+):
+    path = checkpoint if where == "file" else tmp_path / "run"
+    assert main(monkeypatch, "--checkpoint", path, "--data", data, "--batch_size", 2) == 0
+    right, right_norm, examples = naive_counts(model, load_examples(data, tokenizer))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+        "benchmark": "sample continuations",
+        "step": 30,
+        "hellaswag_acc": right / 5,
+        "hellaswag_acc_norm": right_norm / 5,
+        "hellaswag_examples": examples,
+    }
+
+
+def test_a_limit_scores_the_first_rows(monkeypatch, capsys, model, tokenizer, checkpoint, data):
+    assert main(monkeypatch, "--checkpoint", checkpoint, "--data", data, "--limit", 3) == 0
+    right, right_norm, _ = naive_counts(model, load_examples(data, tokenizer)[:3])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["hellaswag_examples"] == 3
+    assert (result["hellaswag_acc"], result["hellaswag_acc_norm"]) == (right / 3, right_norm / 3)
+
+
+def test_a_checkpoint_trained_in_bfloat16_is_scored(tmp_path, monkeypatch, capsys, model, tokenizer, data):
+    path = save(tmp_path / "bf16", model, tokenizer, dtype="bfloat16")
+    assert main(monkeypatch, "--checkpoint", path, "--data", data) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["hellaswag_examples"] == 5
+
+
+def missing(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def garbage(path):
+    path.write_bytes(b"<html>404</html>")
+
+
+@pytest.mark.parametrize("damage", [missing, empty, garbage])
+@pytest.mark.parametrize("which", ["checkpoint", "data"])
+def test_a_missing_or_damaged_file_is_one_sentence_and_status_1(monkeypatch, capsys, checkpoint, data, which, damage):
+    path = checkpoint if which == "checkpoint" else data
+    damage(path)
+    assert main(monkeypatch, "--checkpoint", checkpoint, "--data", data) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("hellaswag_utils.py: ")
+    assert str(path) in line
+
+
+@pytest.mark.parametrize("flag", ["--limit", "--batch_size"])
+def test_a_number_below_1_is_refused(monkeypatch, capsys, checkpoint, data, flag):
+    with pytest.raises(SystemExit):
+        main(monkeypatch, "--checkpoint", checkpoint, "--data", data, flag, 0)
+    assert "must be at least 1" in capsys.readouterr().err

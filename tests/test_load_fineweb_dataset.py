@@ -1,0 +1,781 @@
+import gzip
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import load_fineweb_dataset
+from load_fineweb_dataset import SourceError, prepare
+from tokenizer import Tokenizer
+
+REPO = Path(__file__).resolve().parents[1]
+VOCAB = 600  # the 256 bytes, 88 merges and the 256 control ids: built in milliseconds
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.\n",
+    "Zürich, naïveté, Ελλάδα, Привет, 東京, 한국어, עברית, 🦙👩‍👩‍👧",
+    "x",
+    " \n\t ",
+    "def f(a):\r\n    return a\x00b",
+    "1234567 3.14159 don't WE'LL",
+    "<|begin_of_text|>not a token<|end_of_text|><|eot_id|>",
+    "long " * 300,
+]
+
+
+def ids_of(texts, vocab_size=VOCAB):
+    """What the shards must hold: the tokenizer's other entry point, a document at a time."""
+    tokenizer = Tokenizer(vocab_size=vocab_size)
+    return [i for text in texts for i in tokenizer.encode(text, bos=True, eos=True)]
+
+
+def write_jsonl(path, documents):
+    lines = "".join(json.dumps({"id": i, "text": document}) + "\n" for i, document in enumerate(documents)).encode()
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+def write_parquet(path, documents, column="text"):
+    # Several row groups, as the files of the hub have, and other columns.
+    table = pyarrow.table({"id": list(range(len(documents))), column: documents})
+    pyarrow.parquet.write_table(table, path, row_group_size=3)
+    return path
+
+
+def write(path, documents):
+    return write_parquet(path, documents) if path.suffix == ".parquet" else write_jsonl(path, documents)
+
+
+def shard_ids(folder):
+    """The ids of every shard, in the order of the manifest; nothing but shards and manifest may be there."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = [shard["file"] for shard in manifest["shards"]]
+    assert sorted(os.listdir(folder)) == sorted([*files, "manifest.json"])
+    return [np.load(folder / file) for file in files]
+
+
+def all_ids(folder):
+    return np.concatenate(shard_ids(folder)).tolist()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def run(source, out, **options):
+    options = {"vocab_size": VOCAB, "shard_size": 100, "show_progress": False, **options}
+    return prepare([str(path) for path in source], out, **options)
+
+
+@pytest.fixture(autouse=True)
+def no_syncs(monkeypatch):
+    """That files reach the disk is test_files.py's business; here hundreds of syncs would only take their time."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Hand a few documents at a time to the tokenizer, as happens every million characters of a real corpus."""
+    monkeypatch.setattr(load_fineweb_dataset, "CHUNK_CHARS", 50)
+
+
+# ---------------------------------------------------------------- what the shards hold
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_every_document_once_in_order_between_its_control_ids(tmp_path, small_chunks, name):
+    manifest = run([write(tmp_path / name, TEXTS)], tmp_path / "out")
+    assert all_ids(tmp_path / "out") == ids_of(TEXTS)
+    assert manifest["documents"] == len(TEXTS)
+    assert manifest["skipped_documents"] == 0
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Zürich\n\n東京\n".encode())
+    run([tmp_path / "a.txt"], tmp_path / "out")
+    assert all_ids(tmp_path / "out") == ids_of(["Zürich\n\n東京\n"])
+
+
+def test_several_files_follow_one_another_in_the_order_named(tmp_path):
+    (tmp_path / "c.txt").write_text("of the text file")
+    paths = [
+        write(tmp_path / "d.parquet", TEXTS[:2]),
+        write(tmp_path / "b.jsonl.gz", TEXTS[2:4]),
+        tmp_path / "c.txt",
+        write(tmp_path / "a.jsonl", TEXTS[4:]),
+    ]
+    run(paths, tmp_path / "out")
+    assert all_ids(tmp_path / "out") == ids_of([*TEXTS[:4], "of the text file", *TEXTS[4:]])
+
+
+def test_more_documents_than_a_parquet_batch_or_a_chunk_holds(tmp_path):
+    texts = [str(i) for i in range(10_050)]
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4_000)
+    run([tmp_path / "a.parquet"], tmp_path / "out", shard_size=10_000)
+    assert all_ids(tmp_path / "out") == ids_of(texts)
+
+
+def test_blank_lines_and_a_missing_last_line_end_are_no_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "one"}\r\n  \n{"text": "two"}')
+    manifest = run([tmp_path / "a.jsonl"], tmp_path / "out")
+    assert all_ids(tmp_path / "out") == ids_of(["one", "two"])
+    assert manifest["skipped_documents"] == 0
+
+
+def test_text_that_looks_like_control_tokens_stays_text(tmp_path):
+    text = "<|begin_of_text|><|end_of_text|><|reserved_special_token_7|>"
+    run([write(tmp_path / "a.jsonl", [text])], tmp_path / "out")
+    ids = all_ids(tmp_path / "out")
+    assert [i for i in ids if i >= VOCAB - 256] == [VOCAB - 256, VOCAB - 255]  # those around it
+    assert Tokenizer(vocab_size=VOCAB).decode(ids[1:-1]) == text
+
+
+def test_ids_of_the_whole_vocabulary_do_not_wrap_at_16_bits(tmp_path):
+    texts = ["Сбер 한국어 東京 ประเทศไทย", "plain"]
+    manifest = run([write(tmp_path / "a.jsonl", texts)], tmp_path / "out", vocab_size=128_256, shard_size=10)
+    ids = all_ids(tmp_path / "out")
+    assert ids == ids_of(texts, 128_256)
+    assert [i for i in ids if 65_536 <= i < 128_000], "the text no longer has the large ids that this is about"
+    assert manifest["dtype"] == "uint32"
+    assert {shard.dtype.name for shard in shard_ids(tmp_path / "out")} == {"uint32"}
+
+
+@pytest.mark.parametrize("shard_size", [1, 7, 10, 100, 10_000])
+def test_shards_are_full_but_for_the_last_also_where_documents_are_longer(tmp_path, small_chunks, shard_size):
+    texts = ["a" * 23, "b" * 8, "c" * 63]  # with their control ids 25, 10 and 65 tokens: 100
+    run([write(tmp_path / "a.jsonl", texts)], tmp_path / "out", vocab_size=512, shard_size=shard_size)
+    lengths = [len(shard) for shard in shard_ids(tmp_path / "out")]
+    whole, rest = divmod(100, shard_size)
+    assert lengths == [shard_size] * whole + [rest] * (rest > 0)
+    assert all_ids(tmp_path / "out") == ids_of(texts, 512)
+
+
+def test_without_a_shard_size_a_small_corpus_is_a_tenth_validation(tmp_path):
+    run([write(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", shard_size=None)
+    total = len(ids_of(TEXTS))
+    assert [len(shard) for shard in shard_ids(tmp_path / "out")] == [total // 10, total - total // 10]
+    assert all_ids(tmp_path / "out") == ids_of(TEXTS)
+
+
+# ---------------------------------------------------------------- documents that are no text, and odd texts
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_documents_without_text_are_left_out_and_counted(tmp_path, small_chunks, name):
+    documents = ["one", "", None, "two", None, "", "three", None]
+    manifest = run([write(tmp_path / name, documents)], tmp_path / "out")
+    assert all_ids(tmp_path / "out") == ids_of(["one", "two", "three"])
+    assert manifest["documents"] == 3
+    assert manifest["skipped_documents"] == 5
+
+
+def test_what_is_no_string_is_left_out_and_counted(tmp_path):
+    manifest = run([write(tmp_path / "a.jsonl", [1, 2.5, True, ["a"], {"b": "c"}, "text"])], tmp_path / "out")
+    assert all_ids(tmp_path / "out") == ids_of(["text"])
+    assert manifest["skipped_documents"] == 5
+
+
+def test_a_parquet_column_of_numbers_has_no_text(tmp_path):
+    with pytest.raises(SourceError, match=r"a\.parquet: no document has any text"):
+        run([write(tmp_path / "a.parquet", [1, 2, 3])], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_chunk_without_text_is_no_end(tmp_path, monkeypatch):
+    texts = ["one", *[""] * 10_000, "two"]  # 10,000 documents make a chunk
+    manifest = run([write(tmp_path / "a.jsonl", texts)], tmp_path / "out")
+    assert all_ids(tmp_path / "out") == ids_of(["one", "two"])
+    assert manifest["skipped_documents"] == 10_000
+
+
+def test_lone_surrogates_become_the_replacement_character(tmp_path):
+    # json.loads accepts them, and the web has them: a page cut in the middle of an emoji.
+    (tmp_path / "a.jsonl").write_bytes(rb'{"text": "x\ud800y"}' + b"\n" + rb'{"text": "\udc00"}' + b"\n")
+    manifest = run([tmp_path / "a.jsonl"], tmp_path / "out")
+    assert all_ids(tmp_path / "out") == ids_of(["x\ufffdy", "\ufffd"])
+    assert manifest["documents"] == 2
+
+
+@pytest.mark.parametrize("character", ["a", " ", "\n", "東"])
+def test_a_million_equal_characters(tmp_path, character):
+    texts = [character * 1_000_000, "and on"]
+    run([write(tmp_path / "a.jsonl", texts)], tmp_path / "out", shard_size=400_000)
+    ids = all_ids(tmp_path / "out")
+    assert ids == ids_of(texts)
+    end = ids.index(VOCAB - 255)
+    assert Tokenizer(vocab_size=VOCAB).decode(ids[1:end]) == texts[0]
+
+
+# ---------------------------------------------------------------- the same bytes from any number of processes
+
+PREPARE_IN_PROCESSES = """
+import multiprocessing, sys
+import load_fineweb_dataset
+
+load_fineweb_dataset.CHUNK_CHARS = 50  # many small tasks, which finish out of order
+
+if __name__ == "__main__":
+    source, out, method, *runs = sys.argv[1:]
+    multiprocessing.set_start_method(method)
+    for run in runs:
+        num_proc, max_tokens = map(int, run.split("-"))
+        load_fineweb_dataset.prepare(
+            [source], f"{out}/{run}", vocab_size=600, shard_size=1000,
+            max_tokens=max_tokens, num_proc=num_proc, show_progress=False,
+        )
+"""
+
+
+def run_script(path, source, *args, **kwargs):
+    """A script with a __main__ of its own, which the start methods forkserver and spawn import again."""
+    path.write_text(source)
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    # The limit is for a run that hangs; it takes a second.
+    command = [sys.executable, str(path), *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="spawn is all there is")
+@pytest.mark.parametrize(
+    ("method", "runs"),  # a run is the number of processes and of tokens
+    [("fork", ["2-99999", "3-99999", "2-4000", "3-4000"]), ("forkserver", ["2-4000"]), ("spawn", ["3-99999"])],
+)
+def test_the_bytes_do_not_depend_on_the_processes(tmp_path, small_chunks, method, runs):
+    # Long and short documents by turns: later tasks are done before earlier ones.
+    source = write_jsonl(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(12) for text in TEXTS] + [None])
+    done = run_script(tmp_path / "script.py", PREPARE_IN_PROCESSES, source, tmp_path, method, *runs)
+    assert done.returncode == 0, done.stderr
+    for name in runs:
+        max_tokens = int(name.split("-")[1])
+        run([source], tmp_path / f"1-{max_tokens}", shard_size=1000, max_tokens=max_tokens)
+        assert contents(tmp_path / name) == contents(tmp_path / f"1-{max_tokens}")
+
+
+def test_the_bytes_do_not_depend_on_what_is_handed_over_at_once(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 5)
+    for chunk_chars in (1, 100, 10**6):
+        monkeypatch.setattr(load_fineweb_dataset, "CHUNK_CHARS", chunk_chars)
+        run([source], tmp_path / str(chunk_chars), max_tokens=900)
+    assert contents(tmp_path / "1") == contents(tmp_path / "100") == contents(tmp_path / "1000000")
+
+
+WORKER_THAT_DIES = """
+import multiprocessing, os, signal, sys
+import load_fineweb_dataset
+from tokenizer import Tokenizer
+
+load_fineweb_dataset.CHUNK_CHARS = 50
+encode_document = Tokenizer.encode_document
+
+def encode_or_die(self, text):
+    if text == "out of memory":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode_document(self, text)
+
+Tokenizer.encode_document = encode_or_die
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("fork")  # the workers inherit the trap
+    sys.exit(load_fineweb_dataset.main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no SIGKILL")
+def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [*TEXTS * 5, "out of memory", *TEXTS * 5])
+    args = ["--source", source, "--out_dir", tmp_path / "out", "--vocab_size", 600, "--shard_size", 1000]
+    done = run_script(tmp_path / "script.py", WORKER_THAT_DIES, *args, "--num_proc", 2)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert sentence(done.stderr).endswith("run the same command with a smaller --num_proc")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+def test_the_manifests_figures_equal_a_recount(tmp_path, small_chunks):
+    # 512 ids: every text token is one byte, so that bytes can be counted without the tokenizer.
+    texts = [*TEXTS, "", *TEXTS]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = run([source], tmp_path / "out", vocab_size=512)
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    for index, (shard, ids) in enumerate(zip(manifest["shards"], shard_ids(tmp_path / "out"), strict=True)):
+        assert shard == {
+            "file": f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy",
+            "split": "train" if index else "val",
+            "tokens": len(ids),
+            "documents": ids.tolist().count(256),
+            "text_bytes": sum(i < 256 for i in ids.tolist()),
+            "sha256": hashlib.sha256((tmp_path / "out" / shard["file"]).read_bytes()).hexdigest(),
+        }
+        assert ids.dtype.name == manifest["dtype"] == "uint16"
+    assert manifest["tokens"] == sum(len(text.encode()) + 2 for text in texts if text)
+    assert manifest["documents"] == 2 * len(TEXTS)
+    assert manifest["skipped_documents"] == 1
+    assert manifest["vocab_size"] == 512
+    assert manifest["tokenizer_fingerprint"] == Tokenizer(vocab_size=512).fingerprint
+    assert manifest["source"] == "a.jsonl"
+
+
+def test_bytes_of_text_are_those_of_the_documents_with_any_vocabulary(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    for vocab_size in (512, 600, 8192):
+        manifest = run([source], tmp_path / str(vocab_size), vocab_size=vocab_size)
+        text_bytes = sum(shard["text_bytes"] for shard in manifest["shards"])
+        assert text_bytes == sum(len(text.encode()) for text in TEXTS)
+
+
+@pytest.mark.parametrize(("max_tokens", "documents"), [(1, 1), (12, 1), (13, 2), (24, 2), (25, 3), (36, 3), (999, 6)])
+def test_max_tokens_ends_behind_the_document_that_reaches_it(tmp_path, small_chunks, max_tokens, documents):
+    texts = [letter * 10 for letter in "abcdef"]  # 12 tokens each
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = run([source], tmp_path / "out", vocab_size=512, max_tokens=max_tokens)
+    assert all_ids(tmp_path / "out") == ids_of(texts[:documents], 512)
+    assert manifest["tokens"] == 12 * documents
+    assert manifest["documents"] == documents
+
+
+def test_documents_behind_max_tokens_are_not_counted_as_skipped(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", ["", "a" * 10, None, "b" * 10, "", None, "c" * 10])
+    manifest = run([source], tmp_path / "out", vocab_size=512, max_tokens=20)
+    assert manifest["documents"] == 2
+    assert manifest["skipped_documents"] == 2
+
+
+# ---------------------------------------------------------------- a folder that exists
+
+
+def test_running_again_changes_nothing(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = run([source], tmp_path / "out")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
+    assert run([source], tmp_path / "out") == first
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"vocab_size": 512}, "vocab_size 600 there, 512 asked"),
+        ({"shard_size": 50}, "shard_size 100 there, 50 asked"),
+        ({"max_tokens": 10}, "max_tokens None there, 10 asked"),
+    ],
+)
+def test_another_recipe_on_a_finished_folder_is_refused(tmp_path, change, difference):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    run([source], tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(SourceError) as error:
+        run([source], tmp_path / "out", **change)
+    assert str(tmp_path / "out") in str(error.value)
+    assert difference in str(error.value)
+    assert "choose another --out_dir" in str(error.value)
+    assert contents(tmp_path / "out") == before
+
+
+def test_another_source_on_a_finished_folder_is_refused(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    run([source], tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(SourceError, match=r"holds other data \(source a\.jsonl there, b\.jsonl asked\)"):
+        run([write_jsonl(tmp_path / "b.jsonl", TEXTS)], tmp_path / "out")
+    write_jsonl(source, TEXTS[::-1])  # the same name and size, another content
+    with pytest.raises(SourceError, match=r"holds other data \(revision "):
+        run([source], tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("garbage", ["{", "[]", ""])
+def test_a_garbage_manifest_is_named(tmp_path, monkeypatch, capsys, garbage):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(garbage)
+    status, error = refusal(monkeypatch, capsys, tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    assert status == 1
+    assert "manifest.json" in error
+
+
+def test_shards_of_a_killed_run_are_cleared(tmp_path):
+    (tmp_path / "out").mkdir()
+    for index in (0, 1, 99):
+        name = f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
+        np.save(tmp_path / "out" / name, np.full(100, 7, dtype=np.uint16))
+    run([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out")
+    assert all_ids(tmp_path / "out") == ids_of(TEXTS)
+
+
+KILLED_AT_THE_THIRD_SHARD = """
+import os, signal, sys
+import load_fineweb_dataset
+
+calls = []
+
+def die(fd):
+    calls.append(fd)
+    if len(calls) == 5:  # two a shard: the file's and the folder's
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.fsync = die
+load_fineweb_dataset.prepare([sys.argv[1]], sys.argv[2], vocab_size=600, shard_size=100, show_progress=False)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no SIGKILL")
+def test_a_run_after_one_killed_while_writing_leaves_nothing_of_it(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    killed = run_script(tmp_path / "script.py", KILLED_AT_THE_THIRD_SHARD, source, tmp_path / "out")
+    assert killed.returncode == -signal.SIGKILL
+    left = os.listdir(tmp_path / "out")
+    assert len(left) == 3 and "manifest.json" not in left  # two shards and a half
+    run([source], tmp_path / "out")
+    run([source], tmp_path / "undisturbed")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_files_of_the_users_own_in_the_folder_survive_a_failure(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{\n')
+    with pytest.raises(SourceError):
+        run([tmp_path / "a.jsonl"], tmp_path / "out")
+    assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
+
+
+# ---------------------------------------------------------------- the sample
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """The whole sample corpus, prepared with every connection forbidden."""
+
+    def refuse(*args):
+        raise AssertionError("the sample needs no network")
+
+    folder = tmp_path_factory.mktemp("sample") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        prepare(["sample"], folder, vocab_size=8192, show_progress=False)
+    return folder
+
+
+def test_the_sample_is_a_corpus_to_train_on(sample):
+    lengths = [len(shard) for shard in shard_ids(sample)]
+    assert lengths[:-1] == [2**17] * (len(lengths) - 1)
+    assert sum(lengths) > 10 * 2**17
+
+
+def test_the_samples_held_out_documents_are_not_trained_on(sample):
+    shards = shard_ids(sample)
+    documents = np.split(np.concatenate(shards), np.flatnonzero(np.concatenate(shards) == 8192 - 256)[1:])
+    position, held_out, trained_on = 0, set(), set()
+    for ids in documents:
+        if position + len(ids) <= len(shards[0]):
+            held_out.add(ids.tobytes())
+        elif position >= len(shards[0]):  # else it straddles the border
+            trained_on.add(ids.tobytes())
+        position += len(ids)
+    assert len(held_out) > 5 and len(trained_on) > 100
+    assert not held_out & trained_on
+
+
+def test_the_command_writes_the_same_sample_in_another_process(sample, tmp_path):
+    command = [sys.executable, REPO / "load_fineweb_dataset.py", "--source", "sample", "--max_tokens", "300_000"]
+    env = {**os.environ, "PYTHONHASHSEED": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "data" / "sample"  # where train.py looks for it
+    assert done.stdout.startswith("data/sample: ")
+    assert f"({2**17:,} for validation)" in done.stdout
+    begin = all_ids(folder)
+    assert begin == all_ids(sample)[: len(begin)]
+    for name in ("edufineweb_val_000000.npy", "edufineweb_train_000001.npy"):
+        assert (folder / name).read_bytes() == (sample / name).read_bytes()
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["load_fineweb_dataset.py", *map(str, args)])
+    return load_fineweb_dataset.main()
+
+
+def sentence(stderr):
+    """The one line of an error message, without the progress bar before it."""
+    lines = [line for line in stderr.splitlines() if line.strip() and "token/s" not in line]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("load_fineweb_dataset.py: ")
+    return lines[0]
+
+
+def refusal(monkeypatch, capsys, tmp_path, *sources):
+    args = ("--out_dir", tmp_path / "out", "--vocab_size", 600, "--shard_size", 100, "--num_proc", 1)
+    status = main(monkeypatch, "--source", *sources, *args)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return status, sentence(captured.err)
+
+
+def test_success_is_one_line_of_figures_and_status_0(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    source = write_jsonl(tmp_path / "a.jsonl", ["a" * 198, "", "b" * 98])
+    args = ("--source", source, "--out_dir", out, "--vocab_size", 512, "--shard_size", 100, "--num_proc", 1)
+    figures = "2 documents (1 without text left out), 300 tokens in 3 shards (100 for validation), 0.99 bytes a token"
+    assert main(monkeypatch, *args) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{out}: {figures}")
+    assert main(monkeypatch, *args) == 0  # and again, which does nothing
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{out}: already prepared, {figures}")
+
+
+def test_a_corpus_without_training_data_is_told(tmp_path, monkeypatch, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", ["few"])
+    args = ("--vocab_size", 512, "--shard_size", 100, "--num_proc", 1)
+    assert main(monkeypatch, "--source", source, "--out_dir", tmp_path / "out", *args) == 0
+    assert "smaller --shard_size" in capsys.readouterr().err
+
+
+def bad_line(path):
+    path.write_text('{"text": "one"}\n\n{"text": "two"\n{"text": "three"}\n')
+
+
+def no_text_field(path):
+    path.write_text('{"text": "one"}\n{"text": "two"}\n{"body": "three"}\n')
+
+
+def no_object(path):
+    path.write_text('{"text": "one"}\n{"text": "two"}\n["three"]\n')
+
+
+def not_utf8(path):
+    path.write_bytes(b'{"text": "one"}\n{"text": "two"}\n{"text": "\xff\xfe"}\n')
+
+
+def nested_too_deep(path):  # json.loads gives up with a RecursionError
+    path.write_text('{"text": "one"}\n{"text": "two"}\n{"text": ' + "[" * 100_000 + "\n")
+
+
+def a_page_of_html(path):
+    path.write_text("<html>\n<body>404</body>\n</html>\n")
+
+
+def bad_line_in_gz(path):
+    path.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n{"text": 3\n'))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "line"),
+    [
+        ("a.jsonl", bad_line, 3),
+        ("a.jsonl", no_text_field, 3),
+        ("a.jsonl", no_object, 3),
+        ("a.jsonl", not_utf8, 3),
+        ("a.jsonl", nested_too_deep, 3),
+        ("a.jsonl", a_page_of_html, 1),
+        ("a.jsonl.gz", bad_line_in_gz, 3),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, monkeypatch, capsys, name, damage, line):
+    damage(tmp_path / name)
+    status, error = refusal(monkeypatch, capsys, tmp_path, tmp_path / name)
+    assert status == 1
+    assert f"{tmp_path / name}, line {line}: " in error
+    assert error.endswith("mend the line")
+    assert not (tmp_path / "out").exists()
+
+
+def truncated(path):
+    write(path, [f"{i} {text}" for i in range(200) for text in TEXTS])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def another_format(path):
+    path.write_bytes(b"These bytes are neither of a parquet file nor of gzip." * 10)
+
+
+def damaged_inside(path):  # gzip: a block of a type that does not exist; parquet: pages overwritten
+    write(path, [f"{i} {text}" for i in range(200) for text in TEXTS])
+    content = bytearray(path.read_bytes())
+    start, length = (10, 20) if path.suffix == ".gz" else (len(content) // 2, 200)
+    content[start : start + length] = b"\xff" * length
+    path.write_bytes(content)
+
+
+def not_utf8_in_a_whole_file(path):
+    binary = pyarrow.array([b"fine", b"\xff\xfe"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, binary.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("a.parquet", truncated),
+        ("a.parquet", empty),
+        ("a.parquet", another_format),
+        ("a.parquet", damaged_inside),
+        ("a.parquet", not_utf8_in_a_whole_file),
+        ("a.jsonl.gz", truncated),
+        ("a.jsonl.gz", another_format),
+        ("a.jsonl.gz", damaged_inside),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, monkeypatch, capsys, name, damage):
+    damage(tmp_path / name)
+    status, error = refusal(monkeypatch, capsys, tmp_path, tmp_path / name)
+    assert status == 1
+    assert str(tmp_path / name) in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_column_is_named_and_those_that_are_there(tmp_path, monkeypatch, capsys):
+    path = write_parquet(tmp_path / "a.parquet", TEXTS, column="body")
+    status, error = refusal(monkeypatch, capsys, tmp_path, path)
+    assert status == 1
+    assert f"{path}: no column 'text', only id, body" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.gz", "sample", "fineweb"])
+def test_an_unknown_format_is_refused_with_those_that_are_known(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / name).write_text("text")
+    good = write_jsonl(tmp_path / "good.jsonl", TEXTS)
+    status, error = refusal(monkeypatch, capsys, tmp_path, good, tmp_path / name)
+    assert status == 1
+    assert str(tmp_path / name) in error and ".jsonl.gz, .parquet, .txt" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing.txt", "folder.txt"])
+def test_a_missing_file_is_named(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "folder.txt").mkdir()
+    status, error = refusal(monkeypatch, capsys, tmp_path, tmp_path / name)
+    assert status == 1
+    assert f"{tmp_path / name}: no such file" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_written_before_the_bad_line_are_removed(tmp_path, monkeypatch, capsys, small_chunks):
+    lines = [json.dumps({"text": text}) for text in TEXTS * 10]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{"]))
+    written = []
+    write_shard = load_fineweb_dataset.ShardWriter.write
+    monkeypatch.setattr(
+        load_fineweb_dataset.ShardWriter, "write", lambda self, ids: (written.append(ids), write_shard(self, ids))
+    )
+    status, error = refusal(monkeypatch, capsys, tmp_path, tmp_path / "a.jsonl")
+    assert status == 1 and "line 81" in error
+    assert len(written) > 10
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_clears_the_folder(tmp_path, monkeypatch, capsys, small_chunks):
+    chunks = load_fineweb_dataset._chunks
+
+    def interrupted(documents):
+        for number, chunk in enumerate(chunks(documents)):
+            if number == 6:
+                assert list((tmp_path / "out").glob("*.npy"))
+                raise KeyboardInterrupt
+            yield chunk
+
+    monkeypatch.setattr(load_fineweb_dataset, "_chunks", interrupted)
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 10)
+    status, error = refusal(monkeypatch, capsys, tmp_path, source)
+    assert status == 130
+    assert "stopped" in error
+    assert not (tmp_path / "out").exists()
+
+
+CTRL_C = """
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+import load_fineweb_dataset
+
+load_fineweb_dataset.CHUNK_CHARS = 50
+start_worker, chunks = load_fineweb_dataset._start_worker, load_fineweb_dataset._chunks
+
+def start_worker_and_tell(*args):
+    start_worker(*args)
+    Path(f"{os.getpid()}.started").touch()
+
+def chunks_until_interrupted(documents):
+    for number, chunk in enumerate(chunks(documents)):
+        if number == 20:
+            while len(list(Path().glob("*.started"))) < 2:
+                time.sleep(0.01)
+            os.killpg(0, signal.SIGINT)  # as a terminal does: to the workers too
+        yield chunk
+
+load_fineweb_dataset._start_worker = start_worker_and_tell
+load_fineweb_dataset._chunks = chunks_until_interrupted
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("fork")
+    sys.exit(load_fineweb_dataset.main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no process groups")
+def test_ctrl_c_reaches_the_workers_without_a_traceback(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 10)
+    args = ["--source", source, "--out_dir", "out", "--vocab_size", 600, "--shard_size", 100, "--num_proc", 2]
+    done = run_script(tmp_path / "script.py", CTRL_C, *args, cwd=tmp_path, start_new_session=True)
+    assert done.returncode == 130
+    assert "stopped" in sentence(done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 511, 128_257])
+def test_a_vocabulary_that_cannot_be_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, vocab_size):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert main(monkeypatch, "--source", source, "--out_dir", tmp_path / "out", "--vocab_size", vocab_size) == 1
+    assert f"vocab_size={vocab_size}" in sentence(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--shard_size", "--max_tokens", "--num_proc"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_number_below_1_is_refused(tmp_path, monkeypatch, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        main(monkeypatch, "--source", "sample", "--out_dir", tmp_path / "out", flag, value)
+    assert f"{flag} {value}: must be at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_network_one_sentence_and_no_folder(tmp_path):
+    command = [sys.executable, REPO / "load_fineweb_dataset.py", "--out_dir", tmp_path / "out"]
+    env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    # Port 9 of this machine, where nobody listens: the test stays here also where there is a network.
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "http://127.0.0.1:9: could not read HuggingFaceFW/fineweb-edu" in sentence(done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_importing_the_module_does_no_work(tmp_path):
+    script = (
+        "import sys\n"
+        "import load_fineweb_dataset\n"
+        "assert load_fineweb_dataset._tokenizer is None\n"
+        "print(sorted({'torch', 'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))\n"
+    )
+    done = run_script(tmp_path / "script.py", script, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+    assert os.listdir(tmp_path) == ["script.py"]
