@@ -40,7 +40,7 @@ FINEWEB_SUBSET = "sample-10BT"  # 9,672,101 documents in 14 parquet files of 28.
 FINEWEB_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 
 SAMPLE_ROOT = "data/sample"
-SAMPLE_VOCAB_SIZE = 8192
+SAMPLE_VOCAB_SIZE = 4096
 SAMPLE_SHARD_SIZE = 2**17  # so that the validation shard is 4% of a corpus of about 3 million tokens
 # Tests differ between installations, encodings/ and pydoc_data/ hold tables and prose, the rest is not the library.
 SAMPLE_EXCLUDED = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -358,7 +358,7 @@ def main() -> int:
     add = parser.add_argument
     add("--source", nargs="+", default=["fineweb-edu"], help="fineweb-edu, sample, or paths (default: fineweb-edu)")
     add("--out_dir", help="folder for the shards (default: data/ and the source's name)")
-    add("--vocab_size", type=int, help="ids, 512 to 128256 (default: 128256; the sample: 8192)")
+    add("--vocab_size", type=int, help="ids, 512 to 128256 (default: 128256; the sample: 4096)")
     add("--shard_size", type=int, help="tokens in a shard (default: 100 million; the sample: 131072)")
     add("--max_tokens", type=int, help="stop behind the document that reaches this many tokens (default: all)")
     add("--num_proc", type=int, default=os.cpu_count(), help="worker processes (default: one a core)")

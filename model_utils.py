@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,11 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device={name}: name auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else device.index or 0
-        if index >= torch.cuda.device_count():
+        # Every process asks for the last one's GPU too: the one that prints must see the error.
+        largest = int(os.environ["LOCAL_WORLD_SIZE"]) - 1 if world_size() > 1 else index
+        if largest >= torch.cuda.device_count():
             raise ValueError(
-                f"device={name}: GPU {index} was asked for and {torch.cuda.device_count()} are visible; "
+                f"device={name}: GPU {largest} was asked for and {torch.cuda.device_count()} are visible; "
                 "start fewer processes, or pass --device cpu"
             )
         return torch.device("cuda", index)
@@ -98,9 +101,17 @@ def sum_over_processes(values: list[float], device: torch.device) -> list[float]
     return total.tolist()
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def in_main_process(work: Callable[[], None], process: Process) -> None:
+    """Do `work` in the main process while the others wait; where it fails, all of them end, not one of many."""
+    failure = None
+    if process.is_main:
+        try:
+            work()
+        except Exception as error:
+            failure = error
+    [failed] = sum_over_processes([float(failure is not None)], process.device)
+    if failed:
+        raise failure or SystemExit(1)
 
 
 def share(loss: float, stop: int, process: Process) -> tuple[list[float], int]:
@@ -202,10 +213,10 @@ def save_checkpoint(folder: str | Path, checkpoint: dict, *, keep: int, is_best:
             torch.save({"format_version": CHECKPOINT_FORMAT_VERSION, **checkpoint}, file)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         last = checkpoints_in(folder)
-        reason = error.__cause__ or error.__context__ or error
+        reason = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
         raise OSError(
             f"{path}: could not be written ({reason}); make room or choose another --out_dir; the last "
-            f" good checkpoint is {last[-1] if last else 'none'}"
+            f"good checkpoint is {last[-1] if last else 'none'}"
         ) from error
     if is_best:
         link = path.with_name(".best.pt.tmp")
@@ -309,7 +320,7 @@ def start_wandb(*, project: str, name: str, run_id: str, config: dict, folder: P
 
         return wandb.init(project=project, name=name, id=run_id, resume="allow", config=config, dir=folder)
     except Exception as error:  # no account, no network, a wrong key: the run is worth more than its plots
-        print(f"Weights & Biases is off ({type(error).__name__}: {error})")
+        print(f"Weights & Biases is off ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
         return NullRun()
 
 
@@ -335,12 +346,19 @@ class MetricsLog:
     def write(self, row: dict) -> None:
         if self.file is not None:
             self.file.write(json.dumps(row) + "\n")
-            self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            try:
+                self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            except Exception as error:
+                print(f"Weights & Biases is off from step {row['step']} ({type(error).__name__}: {error})")
+                self.wandb_run = NullRun()
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
-        self.wandb_run.finish()
+        try:
+            self.wandb_run.finish()
+        except Exception as error:
+            print(f"Weights & Biases could not finish ({type(error).__name__}: {error})")
 
 
 def config_as_dict(config: Any) -> dict:

@@ -37,6 +37,14 @@ def build_optimizers(
     return optimizers
 
 
+def load_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a saved `state_dict()`, but keep this run's settings: a flag given when resuming must count."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
+
+
 def lr_factor(
     step: int, *, schedule: str, warmup_steps: int, max_steps: int, min_factor: float, decay_fraction: float
 ) -> float:

@@ -11,12 +11,14 @@ model is trained on the Python standard library instead, in about four minutes o
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -36,11 +38,11 @@ from model_utils import (
     MetricsLog,
     Process,
     StopSignal,
-    barrier,
     can_compile,
     checkpoints_in,
     config_as_dict,
     flops_per_token,
+    in_main_process,
     is_main_process,
     load_checkpoint,
     peak_flops,
@@ -54,7 +56,7 @@ from model_utils import (
     sum_over_processes,
     world_size,
 )
-from optimizers import build_optimizers, lr_factor
+from optimizers import build_optimizers, load_moments, lr_factor
 from report import write_report
 from tokenizer import VOCAB_SIZES, Tokenizer
 
@@ -133,9 +135,10 @@ SAMPLE = Config(
     out_dir="runs/sample",
     total_batch_size=2048,
     batch_size=max(1, 16 // world_size()),
-    max_steps=1500,
+    max_steps=1000,
     optimizer="muon",
-    max_lr=3e-3,
+    max_lr=2e-2,
+    muon_lr=0.01,
     weight_decay=0.0,
     warmup_steps=20,
     min_lr_fraction=0.0,
@@ -150,9 +153,9 @@ SAMPLE = Config(
     model=ModelConfig(
         dim=192,
         n_layers=4,
-        n_heads=6,
-        n_kv_heads=3,
-        vocab_size=8192,
+        n_heads=3,
+        n_kv_heads=1,
+        vocab_size=4096,
         multiple_of=64,
         max_seq_len=128,
     ),
@@ -166,7 +169,8 @@ def config_errors(cfg: Config) -> list[str]:
     errors = [f"model.{error}" for error in cfg.model.errors()]
     if cfg.model.vocab_size not in VOCAB_SIZES:
         errors.append(f"model.vocab_size={cfg.model.vocab_size}: must be {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]}")
-    for name in ("total_batch_size", "batch_size", "max_steps", "log_every", "val_tokens", "keep_checkpoints"):
+    counts = ("total_batch_size", "batch_size", "max_steps", "log_every", "val_tokens", "keep_checkpoints")
+    for name in (*counts, "generate_tokens"):
         if getattr(cfg, name) < 1:
             errors.append(f"{name}={getattr(cfg, name)}: must be at least 1")
     intervals = ("val_every", "hellaswag_every", "generate_every", "save_every")
@@ -176,9 +180,15 @@ def config_errors(cfg: Config) -> list[str]:
     for name in ("max_lr", "muon_lr", "grad_clip", "weight_decay", "temperature"):
         if not 0 <= getattr(cfg, name) < math.inf:
             errors.append(f"{name}={getattr(cfg, name)}: must be 0 or more")
-    for name in ("min_lr_fraction", "decay_fraction", "top_p"):
+    for name in ("min_lr_fraction", "decay_fraction"):
         if not 0 <= getattr(cfg, name) <= 1:
             errors.append(f"{name}={getattr(cfg, name)}: must be between 0 and 1")
+    if not 0 < cfg.top_p <= 1:
+        errors.append(f"top_p={cfg.top_p}: must be above 0 and at most 1")
+    if not all(0 <= beta < 1 for beta in cfg.betas):
+        errors.append(f"betas={cfg.betas}: both must be 0 or more and below 1")
+    if cfg.generate_every and not cfg.prompts:
+        errors.append("prompts=(): must hold at least one; --generate_every 0 goes without")
     sequences = cfg.batch_size * world_size()
     tokens = sequences * cfg.model.max_seq_len
     if tokens > 0 and cfg.total_batch_size % tokens:
@@ -202,9 +212,8 @@ def read_config(args: list[str]) -> Config:
     Raises:
         ValueError: fields that cannot be honoured, all of them in one message.
     """
-    parse = tyro.conf.configure(tyro.conf.FlagConversionOff)(tyro.cli)
-    cfg = parse(Config, args=args, description=__doc__, use_underscores=True)
-    sample = parse(Config, args=args, default=SAMPLE, use_underscores=True)
+    parse = partial(tyro.cli, Config, args=args, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    cfg, sample = parse(description=__doc__), parse(default=SAMPLE)
     errors = []
     data_given = cfg.data_root == sample.data_root  # the two configurations differ in it, unless a flag set it
     hellaswag_given = cfg.hellaswag_path == sample.hellaswag_path
@@ -230,20 +239,18 @@ def read_config(args: list[str]) -> Config:
     return cfg
 
 
-def prepare_sample(cfg: Config, process: Process) -> None:
-    """Write the sample's files where the sample is asked for and they are not there; one process does it for all."""
-    if process.is_main:
-        if cfg.data_root == SAMPLE.data_root and not is_prepared(cfg.data_root):
-            prepare(["sample"], cfg.data_root, vocab_size=cfg.model.vocab_size)
-        if cfg.hellaswag_path == SAMPLE.hellaswag_path and not Path(cfg.hellaswag_path).is_file():
-            write_sample(cfg.data_root, cfg.hellaswag_path, cfg.model.vocab_size)
-    barrier()
+def prepare_sample(cfg: Config) -> None:
+    """Write the sample's files where the sample is asked for and they are not there."""
+    if cfg.data_root == SAMPLE.data_root and not is_prepared(cfg.data_root):
+        prepare(["sample"], cfg.data_root, vocab_size=cfg.model.vocab_size)
+    if cfg.hellaswag_path == SAMPLE.hellaswag_path and not Path(cfg.hellaswag_path).is_file():
+        write_sample(cfg.data_root, cfg.hellaswag_path, cfg.model.vocab_size)
 
 
 def open_run_folder(cfg: Config) -> None:
     """Make out_dir and its config.json; an earlier run there, unless this one resumes it, is moved aside, not lost."""
     out_dir = Path(cfg.out_dir)
-    if not cfg.resume and (out_dir / "metrics.jsonl").is_file():
+    if not cfg.resume and ((out_dir / "metrics.jsonl").is_file() or any(out_dir.glob("checkpoints/*.pt"))):
         aside = next(p for i in itertools.count(1) if not (p := out_dir.with_name(f"{out_dir.name}.{i}")).exists())
         out_dir.rename(aside)
         print(f"{out_dir} held an earlier run, now in {aside}; --resume True would have gone on with it")
@@ -276,10 +283,13 @@ def train(cfg: Config, process: Process) -> int:
     """The run; returns the exit status."""
     device, out_dir = process.device, Path(cfg.out_dir)
     torch.manual_seed(cfg.seed)
-    prepare_sample(cfg, process)
+    in_main_process(partial(prepare_sample, cfg), process)
 
     # Data
     tokenizer = Tokenizer(vocab_size=cfg.model.vocab_size)
+    for prompt in cfg.prompts if cfg.generate_every else ():
+        if (n := len(tokenizer.encode(prompt, bos=True))) >= cfg.model.max_seq_len:
+            raise ValueError(f"prompts={prompt!r}: its {n} tokens fill model.max_seq_len={cfg.model.max_seq_len}")
     train_stream, val_stream = (
         TokenStream(cfg.data_root, split, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
         for split in ("train", "val")
@@ -313,13 +323,11 @@ def train(cfg: Config, process: Process) -> int:
     start_step, best_val_loss, run_id = 0, math.inf, uuid.uuid4().hex[:8]
     saved = checkpoints_in(out_dir / "checkpoints")[-1:] if cfg.resume else []
     if saved:
-        checkpoint = load_checkpoint(saved[0], device)
+        checkpoint = load_checkpoint_to_resume(saved[0], cfg, device)
         windows.check_state(checkpoint["data"])
-        if checkpoint["config"]["model"] != (now := config_as_dict(cfg.model)):
-            raise ValueError(f"{saved[0]}: holds a model of {checkpoint['config']['model']}, the flags ask for {now}")
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            load_moments(optimizer, state)
         restore_random_state(checkpoint["random_state"])
         start_step, best_val_loss, run_id = (checkpoint[key] for key in ("step", "best_val_loss", "run_id"))
         process.print(f"resuming from {saved[0]} behind step {start_step}")
@@ -334,9 +342,7 @@ def train(cfg: Config, process: Process) -> int:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
     # Records
-    if process.is_main:
-        open_run_folder(cfg)
-    barrier()
+    in_main_process(partial(open_run_folder, cfg), process)
     wandb_run = start_wandb(
         project=cfg.wandb_project,
         name=out_dir.name,
@@ -345,7 +351,7 @@ def train(cfg: Config, process: Process) -> int:
         folder=out_dir,
         is_main=process.is_main,
     )
-    metrics = MetricsLog(out_dir, wandb_run, process.is_main, last_step=start_step)
+    metrics = MetricsLog(out_dir, wandb_run, process.is_main, last_step=start_step if saved else -1)
     peak = process.world_size * peak_flops(device, torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32)
     flops = flops_per_token(model)
     process.print(
@@ -362,6 +368,8 @@ def train(cfg: Config, process: Process) -> int:
             if val:
                 with autocast:
                     row = validate(model, val_stream, byte_lengths, cfg, process)
+                if not math.isfinite(row["val_loss"]):
+                    raise ValueError(not_finite(f"step {step}: the validation loss", out_dir))
                 metrics.write({"step": step, "tokens": step * cfg.total_batch_size, **row})
                 process.print(
                     f"step {step:>6}  validation {row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte"
@@ -400,9 +408,9 @@ def train(cfg: Config, process: Process) -> int:
     if step == 0 and cfg.val_every:
         evaluate(0, val=True, hellaswag=False, sample=False)
     batches = windows.batches(start_step, cfg.max_steps, device)
-    stop = StopSignal()
-    loop_began, timed_from = time.perf_counter(), step
-    while step < cfg.max_steps and not stop.number:
+    wish, stop = StopSignal(), 0  # this process's, and what all have agreed on: a signal's number
+    loop_began = time.perf_counter()
+    while step < cfg.max_steps and not stop:
         # ---- one update: accumulate, clip, learning rate, step
         step += 1
         began = time.perf_counter()
@@ -431,16 +439,12 @@ def train(cfg: Config, process: Process) -> int:
             optimizer.zero_grad(set_to_none=True)
 
         # ---- what all processes must agree on: the loss, whether it is a number, whether someone asked to stop
-        losses, stop.number = share(mean_loss.item(), stop.number, process)
+        losses, stop = share(mean_loss.item(), wish.number, process)
         seconds = time.perf_counter() - began
         broken = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
         if broken or not math.isfinite(grad_norm):
-            last = checkpoints_in(out_dir / "checkpoints")
             what = f"loss on rank {broken[0]}" if broken else "gradient"
-            raise ValueError(
-                f"step {step}: the {what} is not finite, so the run stops; the last good checkpoint is "
-                f"{last[-1] if last else 'none'}; lower max_lr, or look at the data of this step"
-            )
+            raise ValueError(not_finite(f"step {step}: the {what}", out_dir))
         tokens_per_sec = cfg.total_batch_size / seconds
         row = {
             "step": step,
@@ -455,10 +459,10 @@ def train(cfg: Config, process: Process) -> int:
 
         # ---- along the way
         last = step == cfg.max_steps
-        if step == timed_from + 1:  # compilation happens in the first step; it would spoil the estimate
-            loop_began, timed_from = time.perf_counter(), step
+        if step == start_step + 1:  # compilation happens in the first step and would spoil the estimate
+            loop_began = time.perf_counter()
         if step % cfg.log_every == 0 or last:
-            left = (time.perf_counter() - loop_began) / max(1, step - timed_from) * (cfg.max_steps - step)
+            left = (time.perf_counter() - loop_began) / max(1, step - start_step - 1) * (cfg.max_steps - step)
             process.print(
                 f"step {step:>6}  loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
                 f"{tokens_per_sec:,.0f} tokens/s  mfu {row['mfu']:.0%}  {timedelta(seconds=round(left))} left"
@@ -469,32 +473,27 @@ def train(cfg: Config, process: Process) -> int:
             hellaswag=is_due(cfg.hellaswag_every, step) or (last and cfg.hellaswag_every > 0),
             sample=is_due(cfg.generate_every, step) or (last and cfg.generate_every > 0),
         )
-        if last or stop.number or is_due(cfg.save_every, step):
+        if last or stop or is_due(cfg.save_every, step):
             is_best = figures.get("val_loss", math.inf) < best_val_loss
             best_val_loss = min(best_val_loss, figures.get("val_loss", math.inf))
-            if process.is_main:
-                path = save_checkpoint(
-                    out_dir / "checkpoints",
-                    {
-                        "step": step,
-                        "model": model.state_dict(),
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                        "config": config_as_dict(cfg),
-                        "tokenizer_fingerprint": tokenizer.fingerprint,
-                        "data": windows.state(),
-                        "random_state": random_state(),
-                        "best_val_loss": best_val_loss,
-                        "run_id": run_id,
-                    },
-                    keep=cfg.keep_checkpoints,
-                    is_best=is_best,
-                )
-                print(f"step {step:>6}  saved {path}")
-            barrier()
+            checkpoint = {
+                "step": step,
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "config": config_as_dict(cfg),
+                "tokenizer_fingerprint": tokenizer.fingerprint,
+                "data": windows.state(),
+                "random_state": random_state(),
+                "best_val_loss": best_val_loss,
+                "run_id": run_id,
+            }
+            folder, keep = out_dir / "checkpoints", cfg.keep_checkpoints
+            in_main_process(partial(save_checkpoint, folder, checkpoint, keep=keep, is_best=is_best), process)
+            process.print(f"step {step:>6}  saved in {folder}")
     metrics.close()
     if step < cfg.max_steps:
-        process.print(f"stopped behind step {step} by {signal.Signals(stop.number).name}; --resume True goes on there")
-        return 128 + stop.number
+        process.print(f"stopped behind step {step} by {signal.Signals(stop).name}; --resume True goes on there")
+        return 128 + stop
     if process.is_main:
         write_report([out_dir], out_dir / "report.html")
         print(
@@ -505,6 +504,32 @@ def train(cfg: Config, process: Process) -> int:
 
 def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def not_finite(what: str, out_dir: Path) -> str:
+    last = checkpoints_in(out_dir / "checkpoints")
+    return (
+        f"{what} is not finite, so the run stops; the last good checkpoint is {last[-1] if last else 'none'}; "
+        "lower max_lr, or look at the data of this step"
+    )
+
+
+def load_checkpoint_to_resume(path: Path, cfg: Config, device: torch.device) -> dict:
+    """Raises ValueError where the checkpoint is not one of a run with this model and optimizer."""
+    checkpoint = load_checkpoint(path, device)
+    parts = {"step", "model", "optimizers", "config", "data", "random_state", "best_val_loss", "run_id"}
+    if missing := parts - checkpoint.keys():
+        raise ValueError(f"{path}: holds a model but no run to resume ({', '.join(sorted(missing))} missing)")
+    was, now = checkpoint["config"], config_as_dict(cfg)
+    different = (
+        [f"optimizer was {was['optimizer']}, is {now['optimizer']}"] if was["optimizer"] != cfg.optimizer else []
+    )
+    different += [
+        f"model.{k} was {was['model'].get(k)}, is {v}" for k, v in now["model"].items() if was["model"].get(k) != v
+    ]
+    if different:
+        raise ValueError(f"{path}: cannot go on with another run's settings: {'; '.join(different)}; restore these")
+    return checkpoint
 
 
 def main() -> int:
@@ -529,4 +554,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if world_size() > 1:
+        # DDP keeps gloo's threads alive, and one that wakes while the interpreter shuts down aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_status)
+    sys.exit(exit_status)

@@ -1,0 +1,993 @@
+"""train.py from its command line to its files: one process and two, stopped and resumed, refused and broken.
+
+Most runs go through `train.main()` in this process and take about a second; those that need a signal, a second rank
+or an empty working directory are subprocesses. They are shared between tests through module-scoped fixtures.
+"""
+
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import train
+from dataloaders import TokenStream, validation_batches
+from load_fineweb_dataset import prepare
+from model_utils import load_checkpoint, load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "train.py"
+STEPS, VOCAB, TOKENS_PER_STEP = 40, 512, 256
+
+# ---------------------------------------------------------------- helpers
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads cost more than they bring at this size, and must be as many as in the subprocesses for equal bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_environment():
+    """No Weights & Biases, no torchrun around us, whatever the shell of the developer has set."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_API_KEY", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """Random words: 8,800 training tokens, so that 40 steps of 256 cross from one epoch into the next."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(100)]
+    for i in range(5):
+        (folder / f"{i}.txt").write_text(" ".join(draw.choices(words, k=380)))
+    root = folder / "prepared"
+    manifest = prepare([str(folder / f"{i}.txt") for i in range(5)], root, vocab_size=VOCAB, show_progress=False)
+    training_tokens = manifest["shards"][1]["tokens"]
+    assert 20 * TOKENS_PER_STEP < training_tokens < STEPS * TOKENS_PER_STEP
+    return root
+
+
+@pytest.fixture(scope="module")
+def flags_for(tiny_corpus, tmp_path_factory):
+    """Maker of command lines: a run of a second into `out_dir`, with the fields that differ."""
+    questions = tmp_path_factory.mktemp("questions") / "hellaswag_val.jsonl"
+    with open(questions, "w") as file:
+        for label in range(4):
+            row = {"ctx": "the cat sat", "endings": ["on a mat", "in a hat", "by a bat", "at a vat"], "label": label}
+            file.write(json.dumps(row) + "\n")
+
+    def flags(out_dir: Path, **changes) -> list[str]:
+        fields = {
+            "data_root": tiny_corpus,
+            "hellaswag_path": questions,
+            "out_dir": out_dir,
+            "model.dim": 32,
+            "model.n_layers": 2,
+            "model.n_heads": 4,
+            "model.n_kv_heads": 2,
+            "model.vocab_size": VOCAB,
+            "model.multiple_of": 32,
+            "model.max_seq_len": 32,
+            "batch_size": 2,
+            "total_batch_size": TOKENS_PER_STEP,  # 4 micro-steps on one process, 2 on two
+            "max_steps": STEPS,
+            "warmup_steps": 4,
+            "max_lr": 1e-3,
+            "device": "cpu",
+            "dtype": "float32",
+            "compile": False,
+            "val_every": 10,
+            "val_tokens": 512,
+            "hellaswag_every": 0,
+            "generate_every": 0,
+            "generate_tokens": 8,
+            "prompts": ["abc", "the "],
+            "save_every": 20,
+        }
+        fields |= {name.replace("__", "."): value for name, value in changes.items()}
+        words = []
+        for name, value in fields.items():
+            words += [f"--{name}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
+        return words
+
+    return flags
+
+
+def train_here(flags: list[str]) -> Result:
+    """train.main() in this process. It reads sys.argv and takes over two signals: both are put back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv, sys.argv = sys.argv, [str(TRAIN), *flags]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            status = train.main()
+    except SystemExit as end:  # the parser of the command line ends in this way
+        status = end.code
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+# Runs train.py as its own main program, with patches of torch in front that train.py knows nothing of. It ends with
+# os._exit because a thread of gloo that wakes up while the interpreter shuts down aborts the process; a test of its own
+# looks at that, and the others should not fail by its luck.
+DRIVER = """
+import os, runpy, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+RANK = int(os.environ["RANK"])
+
+def note(name, line):
+    with open(Path(__file__).with_name(f"{{name}}.{{RANK}}"), "a") as file:
+        file.write(f"{{line}}\\n")
+
+{patches}
+
+sys.argv[0] = {train!r}
+status = 0
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    status = end.code
+if os.path.isdir("/proc/self/task"):
+    for task in os.listdir("/proc/self/task"):
+        note("threads", Path(f"/proc/self/task/{{task}}/comm").read_text().strip())
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(status)
+"""
+
+# Every rank notes the hash of all parameters after each update, and the sync flag at each forward pass.
+RECORD = """
+import hashlib, torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+def after_update(optimizer, args, kwargs):
+    digest = hashlib.sha256()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            digest.update(parameter.detach().numpy().tobytes())
+    note("hashes", digest.hexdigest())
+
+register_optimizer_step_post_hook(after_update)
+
+class Recording(torch.nn.parallel.DistributedDataParallel):
+    def forward(self, *args, **kwargs):
+        note("sync", self.require_backward_grad_sync)
+        return super().forward(*args, **kwargs)
+
+torch.nn.parallel.DistributedDataParallel = Recording
+"""
+
+# The defect of the original: the flag takes effect one forward pass late, as if it were set after the pass.
+LATE_SYNC = """
+class Late(Recording):
+    flag_before = True
+    def forward(self, *args, **kwargs):
+        flag, self.require_backward_grad_sync = self.require_backward_grad_sync, self.flag_before
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.flag_before = self.require_backward_grad_sync = flag
+
+torch.nn.parallel.DistributedDataParallel = Late
+"""
+
+# A signal from the inside, so that it comes at update 13 whatever the speed of the machine.
+SIGTERM_AT_13 = """
+import signal
+from torch.optim.optimizer import register_optimizer_step_post_hook
+updates = 0
+
+def terminate(optimizer, args, kwargs):
+    global updates
+    updates += 1
+    if updates == 13:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+register_optimizer_step_post_hook(terminate)
+"""
+
+# Rank 1 alone is told to stop, and while step 10 is validated, when the ranks have agreed on all of that step already.
+SIGTERM_IN_VALIDATION = """
+import dataloaders, signal
+validation_batches, calls = dataloaders.validation_batches, 0
+
+def interrupted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == 2 and RANK == 1:  # the first is at step 0
+        os.kill(os.getpid(), signal.SIGTERM)
+    return validation_batches(*args, **kwargs)
+
+dataloaders.validation_batches = interrupted
+"""
+
+# From the 7th forward pass, the first of step 4 with two micro-steps a step, rank 1's loss is not a number.
+POISON_RANK_1 = """
+import torch
+
+class Poisoned(torch.nn.parallel.DistributedDataParallel):
+    passes = 0
+    def forward(self, *args, **kwargs):
+        self.passes += 1
+        return super().forward(*args, **kwargs) * (float("nan") if RANK == 1 and self.passes >= 7 else 1)
+
+torch.nn.parallel.DistributedDataParallel = Poisoned
+"""
+
+
+def driver(folder: Path, patches: str) -> Path:
+    folder.mkdir(parents=True)
+    path = folder / "driver.py"
+    path.write_text(DRIVER.format(root=str(ROOT), train=str(TRAIN), patches=patches))
+    return path
+
+
+def launch(script: Path, flags: list[str], ranks: int) -> list[Result]:
+    """The environment that torchrun sets, without torchrun: seconds faster, and each rank's own status is seen."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(script), *flags]
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True))
+    try:
+        outputs = [process.communicate(timeout=90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [Result(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def noted(script: Path, name: str, rank: int) -> list[str]:
+    return script.with_name(f"{name}.{rank}").read_text().split()
+
+
+def rows_of(out_dir: Path, field: str = "train_loss") -> list[dict]:
+    """Rows of metrics.jsonl that hold `field`."""
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if field in row]
+
+
+def checkpoint_of(out_dir: Path, step: int) -> dict:
+    return load_checkpoint(out_dir / "checkpoints" / f"step_{step:08d}.pt", "cpu")
+
+
+def copy_checkpoint(source: Path, step: int, out_dir: Path) -> Path:
+    """A fresh run directory that holds nothing but the checkpoint of one step."""
+    (out_dir / "checkpoints").mkdir(parents=True)
+    name = f"checkpoints/step_{step:08d}.pt"
+    shutil.copyfile(source / name, out_dir / name)
+    return out_dir
+
+
+def assert_same_bits(run: Path, other: Path, first_step: int, last_step: int = STEPS) -> None:
+    """Equal losses from first_step on; equal parameters and optimizer state at the end."""
+    for field, start in (("train_loss", first_step), ("grad_norm", first_step), ("val_loss", first_step)):
+        figures, others = (
+            {row["step"]: row[field] for row in rows_of(out_dir, field) if row["step"] >= start}
+            for out_dir in (run, other)
+        )
+        assert figures == others and last_step in figures, field
+    end, other_end = checkpoint_of(run, last_step), checkpoint_of(other, last_step)
+    assert end["model"].keys() == other_end["model"].keys()
+    for name, value in end["model"].items():
+        assert torch.equal(value, other_end["model"][name]), name
+    for state, other_state in zip(end["optimizers"], other_end["optimizers"], strict=True):
+        torch.testing.assert_close(state["state"], other_state["state"], rtol=0, atol=0)
+
+
+def assert_close(checkpoint: dict, other: dict) -> None:
+    assert checkpoint["model"].keys() == other["model"].keys()
+    for name, value in checkpoint["model"].items():
+        torch.testing.assert_close(value, other["model"][name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- runs that several tests look at
+
+
+@pytest.fixture(scope="module")
+def whole_flags(flags_for):
+    """Flags of the uninterrupted runs and of all that must equal them."""
+    return lambda out_dir, **changes: flags_for(
+        out_dir, **{"save_every": 5, "keep_checkpoints": 100, "hellaswag_every": 20, "generate_every": 20} | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(whole_flags, tmp_path_factory) -> Path:
+    """40 steps on one process, uninterrupted."""
+    out_dir = tmp_path_factory.mktemp("whole") / "run"
+    result = train_here(whole_flags(out_dir))
+    assert result.status == 0, result.err
+    (out_dir.parent / "stdout").write_text(result.out)
+    return out_dir
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(whole_flags, tmp_path_factory) -> Path:
+    """40 steps under torchrun on two processes, uninterrupted; the folder also holds what the ranks noted."""
+    folder = tmp_path_factory.mktemp("two") / "drivers"
+    script = driver(folder, RECORD)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    result = subprocess.run([*torchrun, *whole_flags(folder / "run")], capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+# ---------------------------------------------------------------- two processes equal one
+
+
+def test_two_processes_train_what_one_trains(whole, whole_of_two):
+    for step in (5, STEPS):
+        assert_close(checkpoint_of(whole_of_two, step), checkpoint_of(whole, step))
+    for row, other in zip(rows_of(whole_of_two), rows_of(whole), strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
+        # AdamW hardly notices a gradient that is a sum where it should be a mean; its norm does.
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    for field in ("val_loss", "val_bpb", "hellaswag_acc", "hellaswag_acc_norm", "hellaswag_examples"):
+        figures, others = ({r["step"]: r[field] for r in rows_of(run, field)} for run in (whole_of_two, whole))
+        assert figures == pytest.approx(others, abs=1e-5), field
+
+
+def test_ranks_hold_the_same_bits_after_every_update(whole_of_two):
+    script = whole_of_two.with_name("driver.py")
+    hashes = [noted(script, "hashes", rank) for rank in (0, 1)]
+    assert len(set(hashes[0])) == STEPS
+    assert hashes[0] == hashes[1]
+
+
+def test_gradients_are_sent_in_the_last_micro_step_of_each_update_alone(whole_of_two):
+    script = whole_of_two.with_name("driver.py")
+    for rank in (0, 1):
+        assert noted(script, "sync", rank) == ["False", "True"] * STEPS
+
+
+def test_a_sync_flag_set_after_the_forward_pass_would_be_seen(flags_for, tmp_path):
+    """The check of the hashes has teeth: under the original's defect the ranks drift apart."""
+    script = driver(tmp_path / "late", RECORD + LATE_SYNC)
+    results = launch(script, flags_for(tmp_path / "run", max_steps=3, val_every=0), ranks=2)
+    assert [result.status for result in results] == [0, 0], results
+    assert noted(script, "sync", 0) == ["True", "False"] * 3
+    hashes = [noted(script, "hashes", rank) for rank in (0, 1)]
+    assert hashes[0][-1] != hashes[1][-1]
+
+
+def test_no_thread_of_the_process_group_outlives_the_run(whole_of_two):
+    """One that wants the interpreter while it shuts down aborts the process: status 134 after a perfect run, one time
+    in fifteen on a busy machine. (Where train.py ends the process itself, the driver notes nothing.)"""
+    script = whole_of_two.with_name("driver.py")
+    for rank in (0, 1):
+        if script.with_name(f"threads.{rank}").exists():
+            assert not [name for name in noted(script, "threads", rank) if "gloo" in name]
+
+
+# ---------------------------------------------------------------- stopped and resumed
+
+
+@pytest.fixture(scope="module")
+def resumed(whole, whole_flags, tmp_path_factory) -> Path:
+    """Steps 21 to 40 from the checkpoint of step 20; rows beyond it had been written, the last one cut by a kill."""
+    out_dir = copy_checkpoint(whole, 20, tmp_path_factory.mktemp("resumed") / "run")
+    rows = (whole / "metrics.jsonl").read_text()
+    (out_dir / "metrics.jsonl").write_text(rows[: rows.index('{"step": 33') + 25])
+    result = train_here(whole_flags(out_dir, resume=True))
+    assert result.status == 0, result.err
+    assert not (out_dir / "checkpoints/step_00000019.pt").exists()
+    return out_dir
+
+
+def test_resumed_run_has_the_bits_of_the_uninterrupted_one(whole, resumed):
+    assert_same_bits(resumed, whole, first_step=21)
+
+
+def test_metrics_of_a_resumed_run_have_each_step_once(whole, resumed):
+    assert [row["step"] for row in rows_of(resumed)] == list(range(1, STEPS + 1))
+    for field in ("train_loss", "lr", "val_loss", "hellaswag_acc"):
+        figures, others = ([(row["step"], row[field]) for row in rows_of(run, field)] for run in (resumed, whole))
+        assert figures == others
+
+
+def test_resuming_two_processes_gives_the_bits_of_the_uninterrupted_two(whole_of_two, whole_flags, tmp_path):
+    out_dir = copy_checkpoint(whole_of_two, 20, tmp_path / "run")
+    script = driver(tmp_path / "driver", RECORD)
+    results = launch(script, whole_flags(out_dir, resume=True), ranks=2)
+    assert [result.status for result in results] == [0, 0], results
+    assert_same_bits(out_dir, whole_of_two, first_step=21)
+    uninterrupted = noted(whole_of_two.with_name("driver.py"), "hashes", 1)
+    for rank in (0, 1):
+        assert noted(script, "hashes", rank) == uninterrupted[20:]
+
+
+def test_run_of_two_processes_goes_on_with_one(whole, whole_of_two, whole_flags, tmp_path):
+    out_dir = copy_checkpoint(whole_of_two, 20, tmp_path / "run")
+    result = train_here(whole_flags(out_dir, resume=True, batch_size=4))
+    assert result.status == 0, result.err
+    assert_close(checkpoint_of(out_dir, STEPS), checkpoint_of(whole, STEPS))
+    for row, other in zip(rows_of(out_dir), rows_of(whole)[20:], strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
+
+
+def test_muon_resumes_with_the_bits_of_the_uninterrupted_run(flags_for, tmp_path):
+    muon = {"optimizer": "muon", "schedule": "wsd", "decay_fraction": 0.3, "keep_checkpoints": 2}
+    assert train_here(flags_for(tmp_path / "whole", **muon)).status == 0
+    out_dir = copy_checkpoint(tmp_path / "whole", 20, tmp_path / "run")
+    result = train_here(flags_for(out_dir, resume=True, **muon))
+    assert result.status == 0, result.err
+    assert_same_bits(out_dir, tmp_path / "whole", first_step=21)
+    assert len(checkpoint_of(out_dir, STEPS)["optimizers"]) == 2
+
+
+def test_sigterm_saves_and_the_resumed_run_has_the_bits_of_the_uninterrupted_one(whole, whole_flags, tmp_path):
+    [result] = launch(driver(tmp_path / "driver", SIGTERM_AT_13), whole_flags(tmp_path / "run"), ranks=1)
+    assert result.status == 128 + signal.SIGTERM, result
+    assert "13" in result.out and "SIGTERM" in result.out and "--resume True" in result.out
+    assert rows_of(tmp_path / "run")[-1]["step"] == checkpoint_of(tmp_path / "run", 13)["step"] == 13
+    result = train_here(whole_flags(tmp_path / "run", resume=True))
+    assert result.status == 0, result.err
+    assert_same_bits(tmp_path / "run", whole, first_step=1)
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
+def test_sigterm_at_one_rank_stops_both_behind_the_same_step(whole, whole_flags, tmp_path):
+    script = driver(tmp_path / "driver", RECORD + SIGTERM_IN_VALIDATION)
+    results = launch(script, whole_flags(tmp_path / "run"), ranks=2)
+    assert [result.status for result in results] == [128 + signal.SIGTERM] * 2, results
+    hashes = [noted(script, "hashes", rank) for rank in (0, 1)]
+    assert hashes[0] == hashes[1] and 10 <= len(hashes[0]) <= 11
+    assert checkpoint_of(tmp_path / "run", len(hashes[0]))["step"] == rows_of(tmp_path / "run")[-1]["step"]
+    result = train_here(whole_flags(tmp_path / "run", resume=True))
+    assert result.status == 0, result.err
+    assert_close(checkpoint_of(tmp_path / "run", STEPS), checkpoint_of(whole, STEPS))
+
+
+def test_sigterm_during_an_evaluation_loses_no_step(flags_for, tmp_path, monkeypatch):
+    """Evaluations take minutes in a real run: a signal is likely to come there."""
+    validate, calls = train.validate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:  # the first is at step 0
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args)
+
+    monkeypatch.setattr(train, "validate", interrupted)
+    result = train_here(flags_for(tmp_path, max_steps=8, val_every=2, save_every=0))
+    assert result.status == 128 + signal.SIGTERM, result
+    newest = max((tmp_path / "checkpoints").glob("step_*.pt"), default=None)
+    assert newest is not None, f"it says {result.out.splitlines()[-1]!r} and has saved nothing"
+    assert load_checkpoint(newest, "cpu")["step"] == rows_of(tmp_path)[-1]["step"]
+
+
+def test_resume_without_a_checkpoint_begins_anew_and_has_each_row_once(flags_for, tmp_path):
+    """A run that was killed before its first checkpoint, started again by the same command with --resume True."""
+    assert train_here(flags_for(tmp_path, max_steps=2, resume=True)).status == 0
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert train_here(flags_for(tmp_path, max_steps=2, resume=True)).status == 0
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+    assert [row["step"] for row in rows_of(tmp_path, "val_loss")] == [0, 2]
+
+
+def test_learning_rate_flag_of_a_resumed_run_is_honoured_or_refused(whole, whole_flags, tmp_path):
+    out_dir = copy_checkpoint(whole, 35, tmp_path / "run")
+    result = train_here(whole_flags(out_dir, resume=True, max_lr=1e-4))
+    if result.status:
+        assert "max_lr" in result.err
+    else:
+        last = rows_of(out_dir)[-1]
+        assert last["lr"] == pytest.approx(1e-5)  # a tenth of the peak at the last step
+        [optimizer] = checkpoint_of(out_dir, STEPS)["optimizers"]
+        assert optimizer["param_groups"][0]["lr"] == pytest.approx(last["lr"])
+
+
+def test_best_is_the_lowest_validation_loss_also_over_a_resume(flags_for, tmp_path, monkeypatch):
+    losses = iter([9.0, 3.0, 2.0, 2.5, 2.2, 2.1, 1.9])  # of steps 0 to 4, then of 5 and 6
+    monkeypatch.setattr(train, "validate", lambda *args: {"val_loss": next(losses), "val_bpb": 1.0})
+    every_step = {"val_every": 1, "save_every": 1, "keep_checkpoints": 1}
+
+    def best_step() -> int:
+        return load_checkpoint(tmp_path / "checkpoints/best.pt", "cpu")["step"]
+
+    assert train_here(flags_for(tmp_path, max_steps=4, **every_step)).status == 0
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.pt", "step_00000004.pt"]
+    assert best_step() == 2
+    assert train_here(flags_for(tmp_path, max_steps=5, resume=True, **every_step)).status == 0
+    assert best_step() == 2
+    assert train_here(flags_for(tmp_path, max_steps=6, resume=True, **every_step)).status == 0
+    assert best_step() == 6
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+def test_run_directory_holds_the_files_of_the_contract(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "samples.txt", "checkpoints", "report.html"}
+    saved = {f"step_{step:08d}.pt" for step in range(5, STEPS + 1, 5)}
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == saved | {"best.pt"}
+    assert not [path for path in whole.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
+
+
+def test_config_json_and_checkpoint_hold_the_configuration(whole, tiny_corpus):
+    config = json.loads((whole / "config.json").read_text())
+    assert config == checkpoint_of(whole, STEPS)["config"]
+    assert config["data_root"] == str(tiny_corpus) and config["compile"] is False
+    assert (config["max_steps"], config["optimizer"], config["model"]["dim"]) == (STEPS, "adamw", 32)
+
+
+def test_rows_of_metrics_count_completed_steps(whole):
+    rows = rows_of(whole)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    fields = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_sec", "mfu"}
+    for row in rows:
+        assert row.keys() >= fields and all(math.isfinite(row[name]) for name in fields)
+        assert row["tokens"] == row["step"] * TOKENS_PER_STEP
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] - 0.3
+    # 4 steps of warm-up to 1e-3, then half a cosine to a tenth of it at the last step
+    lr = {row["step"]: row["lr"] for row in rows}
+    assert [lr[step] for step in (1, 4, 22, STEPS)] == pytest.approx([2.5e-4, 1e-3, 5.5e-4, 1e-4])
+
+
+def test_optimizer_steps_with_the_learning_rate_of_the_row(whole):
+    for row in rows_of(whole)[4::5]:
+        [optimizer] = checkpoint_of(whole, row["step"])["optimizers"]
+        assert {group["lr"] for group in optimizer["param_groups"]} == {row["lr"]}
+
+
+@pytest.mark.parametrize("grad_clip", [0, 0.25])
+def test_gradient_is_clipped_to_its_largest_norm_and_0_does_not_clip(flags_for, tmp_path, grad_clip):
+    seen = []
+
+    def before_update(optimizer, args, kwargs):
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        seen.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    hook = register_optimizer_step_pre_hook(before_update)
+    try:
+        assert train_here(flags_for(tmp_path, max_steps=2, grad_clip=grad_clip)).status == 0
+    finally:
+        hook.remove()
+    recorded = [row["grad_norm"] for row in rows_of(tmp_path)]
+    assert min(recorded) > 0.5  # metrics.jsonl tells the norm before clipping
+    assert seen == pytest.approx([grad_clip, grad_clip] if grad_clip else recorded, rel=1e-4)
+
+
+def test_evaluation_rows_are_at_their_intervals(whole):
+    evaluations = rows_of(whole, "val_loss")
+    assert [row["step"] for row in evaluations] == [0, 10, 20, 30, STEPS]
+    assert evaluations[0]["val_loss"] == pytest.approx(math.log(VOCAB), abs=0.1)  # knows nothing yet
+    hellaswag = rows_of(whole, "hellaswag_acc")
+    assert [row["step"] for row in hellaswag] == [20, STEPS]
+    for row in evaluations:
+        assert row.keys() >= {"step", "tokens", "val_loss", "val_bpb"} and row["tokens"] == row["step"] * 256
+    for row in hellaswag:
+        assert row.keys() >= {"step", "tokens", "hellaswag_acc_norm"} and row["hellaswag_examples"] == 4
+        assert row["hellaswag_acc"] == 0.25  # the four rows differ in the label alone
+
+
+def test_checkpoint_of_a_step_is_the_model_that_was_validated_behind_it(whole, tiny_corpus):
+    """Saved before update 10, as the original did, it would have the loss of step 9."""
+    model, checkpoint = load_model(whole / "checkpoints/step_00000010.pt", "cpu")
+    assert checkpoint["step"] == 10
+    stream = TokenStream(tiny_corpus, "val", vocab_size=VOCAB)
+    with torch.inference_mode():
+        losses = [model(x, y) for x, y in validation_batches(stream, seq_len=32, batch_size=1, max_tokens=512)]
+    [row] = [row for row in rows_of(whole, "val_loss") if row["step"] == 10]
+    assert torch.stack(losses).mean().item() == pytest.approx(row["val_loss"], abs=1e-5)
+    assert len(losses) == 512 // 32
+
+
+def test_bits_per_byte_is_the_loss_over_the_bytes_of_its_text(whole, tiny_corpus):
+    stream = TokenStream(tiny_corpus, "val", vocab_size=VOCAB)
+    lengths = torch.from_numpy(train.Tokenizer(vocab_size=VOCAB).token_byte_lengths())
+    text_bytes = sum(
+        lengths[y].sum().item() for _, y in validation_batches(stream, seq_len=32, batch_size=1, max_tokens=512)
+    )
+    row = rows_of(whole, "val_loss")[-1]
+    assert row["val_bpb"] == pytest.approx(row["val_loss"] * 512 / math.log(2) / text_bytes)
+
+
+def test_samples_continue_the_prompts_at_their_interval_and_at_the_end(whole):
+    text = (whole / "samples.txt").read_text()
+    assert re.findall(r"step (\d+)", text) == ["20", "40"]
+    assert text.count("abc") >= 2 and text.count("the ") >= 2
+
+
+def test_intervals_of_0_switch_off_and_the_end_is_validated_and_saved(flags_for, tmp_path):
+    off = {"val_every": 0, "save_every": 0, "hellaswag_every": 0, "generate_every": 0}
+    result = train_here(flags_for(tmp_path / "run", max_steps=3, **off))
+    assert result.status == 0, result.err
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], "val_loss" in row) for row in rows] == [(1, False), (2, False), (3, False), (3, True)]
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"best.pt", "step_00000003.pt"}
+    assert not (tmp_path / "run/samples.txt").exists()
+
+
+def test_end_is_evaluated_and_saved_off_the_intervals_too(flags_for, tmp_path):
+    every_2 = {"val_every": 2, "save_every": 2, "hellaswag_every": 2, "generate_every": 2}
+    result = train_here(flags_for(tmp_path / "run", max_steps=3, **every_2))
+    assert result.status == 0, result.err
+    assert [row["step"] for row in rows_of(tmp_path / "run", "val_loss")] == [0, 2, 3]
+    assert [row["step"] for row in rows_of(tmp_path / "run", "hellaswag_acc")] == [2, 3]
+    assert re.findall(r"step (\d+)", (tmp_path / "run/samples.txt").read_text()) == ["2", "3"]
+    assert checkpoint_of(tmp_path / "run", 3)["step"] == 3
+
+
+def test_only_the_newest_checkpoints_are_kept_besides_the_best(flags_for, tmp_path):
+    result = train_here(flags_for(tmp_path, max_steps=6, save_every=1, keep_checkpoints=2))
+    assert result.status == 0, result.err
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["best.pt", "step_00000005.pt", "step_00000006.pt"]
+
+
+def test_fresh_run_into_a_used_folder_moves_the_old_one_aside_whole(flags_for, tmp_path):
+    assert train_here(flags_for(tmp_path / "run", max_steps=1, seed=1)).status == 0
+    first = files_in(tmp_path / "run")
+    result = train_here(flags_for(tmp_path / "run", max_steps=1, seed=2))
+    assert result.status == 0 and "run.1" in result.out
+    second = files_in(tmp_path / "run")
+    assert files_in(tmp_path / "run.1") == first != second
+    assert train_here(flags_for(tmp_path / "run", max_steps=1, seed=3)).status == 0
+    assert files_in(tmp_path / "run.1") == first
+    assert files_in(tmp_path / "run.2") == second
+
+
+def test_checkpoints_in_a_folder_without_metrics_are_not_lost_either(whole, flags_for, tmp_path):
+    """A folder where someone put a checkpoint, or deleted the metrics: the old step 40 would count as the newest, and
+    the new run's own first checkpoints would be dropped, or the old one overwritten."""
+    old = files_in(copy_checkpoint(whole, STEPS, tmp_path / "run"))
+    result = train_here(flags_for(tmp_path / "run", max_steps=3, save_every=1, keep_checkpoints=1))
+    survivors = [contents for path in tmp_path.iterdir() for contents in files_in(path).values()]
+    assert all(contents in survivors for contents in old.values())
+    if result.status == 0:
+        assert checkpoint_of(tmp_path / "run", 3)["step"] == 3
+
+
+def test_tokens_per_second_leave_out_evaluating_and_saving(flags_for, tmp_path, monkeypatch):
+    pause = 1.0
+
+    def slow(function):
+        def sleeping(*args, **kwargs):
+            time.sleep(pause)
+            return function(*args, **kwargs)
+
+        return sleeping
+
+    monkeypatch.setattr(train, "validate", slow(train.validate))
+    monkeypatch.setattr(train, "save_checkpoint", slow(train.save_checkpoint))
+    began = time.perf_counter()
+    result = train_here(flags_for(tmp_path, max_steps=3, val_every=2, save_every=2))
+    assert result.status == 0, result.err
+    assert time.perf_counter() - began > 5 * pause  # validated at steps 0, 2 and 3, saved at 2 and 3
+    for row in rows_of(tmp_path):
+        assert TOKENS_PER_STEP / row["tokens_per_sec"] < pause / 2, row
+
+
+@pytest.mark.slow
+def test_compiled_run_has_the_losses_of_the_uncompiled_one(flags_for, tmp_path):
+    for compiled in (False, True):
+        result = train_here(flags_for(tmp_path / str(compiled), max_steps=5, compile=compiled))
+        assert result.status == 0, result.err
+    for row, other in zip(rows_of(tmp_path / "True"), rows_of(tmp_path / "False"), strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
+
+
+# ---------------------------------------------------------------- the sample, where nothing was prepared
+
+
+def test_without_data_the_sample_is_prepared_trained_and_evaluated(tmp_path):
+    small = ["--model.dim", "32", "--model.n_layers", "1", "--model.n_heads", "2", "--model.n_kv_heads", "1"]
+    small += ["--total_batch_size", "512", "--batch_size", "4", "--val_tokens", "2048", "--hellaswag_limit", "8"]
+    flags = ["--max_steps", "3", "--compile", "False", "--device", "cpu", *small]
+    command = [sys.executable, str(TRAIN), *flags]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "data/sample/manifest.json").is_file()
+    lines = (tmp_path / "data/sample/sample_continuations.jsonl").read_text().splitlines()
+    assert len(lines) == 200 and json.loads(lines[0])["endings"]
+    [evaluation] = rows_of(tmp_path / "runs/sample", "hellaswag_acc")
+    assert evaluation["hellaswag_examples"] == 8
+    assert [row["step"] for row in rows_of(tmp_path / "runs/sample")] == [1, 2, 3]
+    assert [row["step"] for row in rows_of(tmp_path / "runs/sample", "val_loss")] == [0, 3]
+    assert checkpoint_of(tmp_path / "runs/sample", 3)["config"]["model"]["vocab_size"] == 4096
+    # The rows are not HellaSwag's, so nothing may call the result by that name.
+    [accuracy] = [line for line in result.stdout.splitlines() if "acc_norm" in line]
+    assert "sample continuations" in accuracy
+    assert "hellaswag" not in result.stdout.lower() and "hellaswag" not in result.stderr.lower()
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    assert result.status not in (0, None), result
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.err, f"{word!r} is not in: {result.err}"
+
+
+def test_mistyped_flag_is_refused_and_the_nearest_named(flags_for, tmp_path):
+    assert_refused(train_here([*flags_for(tmp_path / "run"), "--max_step", "3"]), "--max_step", "--max_steps")
+    assert_refused(train_here([*flags_for(tmp_path / "run"), "--model.n_layer", "3"]), "--model.n_layers")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_steps", "ten"), ("max_lr", "fast"), ("compile", "perhaps"), ("optimizer", "sgd"), ("model.dim", "3.5")],
+)
+def test_value_of_the_wrong_type_is_refused(flags_for, tmp_path, name, value):
+    assert_refused(train_here(flags_for(tmp_path / "run", **{name: value})), f"--{name}", value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_bad_fields_are_named_at_once_with_value_and_cure(flags_for, tmp_path):
+    bad = {"max_steps": 0, "batch_size": -2, "top_p": 1.5, "max_lr": -1.0, "save_every": -1, "keep_checkpoints": 0}
+    bad |= {"grad_clip": math.nan, "device": "tpu", "model.n_heads": 5, "model.vocab_size": 300}
+    bad |= {"data_root": tmp_path / "nowhere", "hellaswag_path": tmp_path / "nothing.jsonl", "hellaswag_every": 1}
+    result = train_here(flags_for(tmp_path / "run", **bad))
+    assert_refused(result)
+    lines = result.err.splitlines()
+    for name, value in (bad | {"model.dim": 32}).items():
+        if name not in ("model.n_heads", "hellaswag_every"):  # the first is told under model.dim, the other is right
+            [line] = [line for line in lines if f"{name}={value}:" in line]
+            assert re.search(r"must|name auto|makes one|fetches", line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_total_batch_must_fit_batch_sequence_and_world_size(flags_for, tmp_path, monkeypatch):
+    """192 tokens are 3 micro-steps of 2 x 32 on one process, and no whole number of them on two."""
+    flags = flags_for(tmp_path / "run", total_batch_size=192)
+    assert train.read_config(flags).total_batch_size == 192
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    result = train_here(flags)
+    assert_refused(result, "total_batch_size=192", "batch_size=2", "2 processes", "max_seq_len=32", "128")
+    [suggested] = re.findall(r"(\d+) would do", result.err)
+    assert int(suggested) % 128 == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_root_given_by_flag_is_never_replaced_by_the_sample(flags_for, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for missing in ("elsewhere", "data/fineweb-edu-10BT"):  # the second is the default's own name
+        result = train_here(flags_for("run", data_root=missing))
+        assert_refused(result, f"data_root={missing}", "load_fineweb_dataset.py")
+    assert not list(tmp_path.iterdir())
+
+
+def test_vocabulary_that_does_not_fit_the_data_is_refused(flags_for, tmp_path):
+    result = train_here(flags_for(tmp_path / "run", model__vocab_size=1024))
+    assert_refused(result, "512", "1024", "--model.vocab_size 512")
+    assert not list((tmp_path / "run").rglob("*.pt"))
+
+
+def test_refused_run_leaves_an_earlier_run_where_it_is(flags_for, tmp_path):
+    assert train_here(flags_for(tmp_path / "run", max_steps=1)).status == 0
+    before = files_in(tmp_path)
+    assert_refused(train_here(flags_for(tmp_path / "run", max_steps=1, model__vocab_size=1024)), "1024")
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 7}, ["seed"]),
+        ({"total_batch_size": 512}, ["total_batch_size"]),
+        ({"model__max_seq_len": 16}, ["max_seq_len"]),
+        ({"model__dim": 64}, ["dim", "64"]),
+        ({"model__n_layers": 3}, ["n_layers"]),
+        ({"optimizer": "muon"}, ["optimizer", "adamw", "muon"]),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_resume_refuses_what_it_cannot_go_on_with(whole, whole_flags, tmp_path, changes, words):
+    out_dir = copy_checkpoint(whole, 20, tmp_path / "run")
+    shutil.copyfile(whole / "metrics.jsonl", out_dir / "metrics.jsonl")
+    before = files_in(out_dir)
+    assert_refused(train_here(whole_flags(out_dir, resume=True, **changes)), *words)
+    assert files_in(out_dir) == before
+
+
+def test_damaged_newest_checkpoint_is_named_and_not_skipped(whole, whole_flags, tmp_path):
+    out_dir = copy_checkpoint(whole, 20, tmp_path / "run")
+    damaged = out_dir / "checkpoints/step_00000025.pt"
+    damaged.write_bytes((out_dir / "checkpoints/step_00000020.pt").read_bytes()[:-1000])
+    before = files_in(out_dir)
+    assert_refused(train_here(whole_flags(out_dir, resume=True)), str(damaged), "older")
+    assert files_in(out_dir) == before
+    damaged.unlink()
+    assert train_here(whole_flags(out_dir, resume=True, max_steps=21)).status == 0
+
+
+def test_checkpoint_that_holds_no_run_to_resume_is_refused(whole, whole_flags, tmp_path):
+    """What convert_checkpoint.py makes has a model and no optimizers: a sentence, not a KeyError."""
+    checkpoint = checkpoint_of(whole, 20)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    path = tmp_path / "run/checkpoints/step_00000020.pt"
+    torch.save({name: checkpoint[name] for name in ("format_version", "step", "config", "model")}, path)
+    assert_refused(train_here(whole_flags(tmp_path / "run", resume=True)), str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"top_p": 0}, "top_p"),
+        ({"generate_tokens": -5}, "generate_tokens"),
+        ({"prompts": ["ab" * 40]}, "prompts"),
+        ({"prompts": []}, "prompts"),
+        ({"betas": ["0.9", "1.5"]}, "betas"),
+        ({"hellaswag_path": "empty.jsonl"}, "empty.jsonl"),
+    ],
+)
+def test_what_would_end_a_run_at_its_first_evaluation_is_refused_at_the_start(
+    flags_for, tmp_path, monkeypatch, changes, word
+):
+    """With the default interval that is 1,000 steps later, hours into a run."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    result = train_here(flags_for("run", max_steps=2, generate_every=2, hellaswag_every=2, **changes))
+    assert_refused(result, word)
+    assert not Path("run").exists()
+
+
+def test_error_of_a_rank_that_is_not_the_first_is_printed(flags_for, tmp_path, monkeypatch):
+    """Two processes on a machine with one GPU: only rank 1 finds none left for itself."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(train, "start_process", lambda device: sys.exit("no error so far"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said = ""
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        said += train_here(flags_for(tmp_path / "run", device="cuda")).err
+    assert "device=cuda" in said and "1 are visible" in said
+
+
+# ---------------------------------------------------------------- a run that breaks
+
+
+@contextmanager
+def poisoned_update(number: int):
+    """Update `number` leaves a weight that is not a number."""
+    updates = []
+
+    def poison(optimizer, args, kwargs):
+        updates.append(1)
+        if len(updates) == number:
+            optimizer.param_groups[0]["params"][0].data[:] = math.nan
+
+    hook = register_optimizer_step_post_hook(poison)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_loss_that_is_not_a_number_stops_the_run_and_leaves_a_good_checkpoint(flags_for, tmp_path):
+    with poisoned_update(3):
+        result = train_here(flags_for(tmp_path, max_steps=8, save_every=2, val_every=0))
+    good = tmp_path / "checkpoints/step_00000002.pt"
+    assert_refused(result, "step 4", "rank 0", str(good))
+    assert list((tmp_path / "checkpoints").glob("step_*.pt")) == [good]
+    checkpoint = load_checkpoint(good, "cpu")
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert all(math.isfinite(row["train_loss"]) for row in rows_of(tmp_path))
+    assert train_here(flags_for(tmp_path, max_steps=8, save_every=2, val_every=0, resume=True)).status == 0
+
+
+def test_learning_rate_far_too_high_stops_the_run(flags_for, tmp_path):
+    result = train_here(flags_for(tmp_path, max_lr=1e30, warmup_steps=0, val_every=0, save_every=0))
+    assert_refused(result, "step", "not finite", "checkpoint is none", "max_lr")
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_model_broken_by_its_last_update_is_not_saved_as_a_good_one(flags_for, tmp_path):
+    """No further step is there to notice: the validation at the end must."""
+    with poisoned_update(3):
+        result = train_here(flags_for(tmp_path, max_steps=3, save_every=2, val_every=0))
+    assert_refused(result, "step 3", str(tmp_path / "checkpoints/step_00000002.pt"))
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*.pt")] == ["step_00000002.pt"]
+
+
+def test_rank_whose_loss_is_not_a_number_is_named_and_both_ranks_stop(flags_for, tmp_path):
+    flags = flags_for(tmp_path / "run", max_steps=8, save_every=2, val_every=0)
+    results = launch(driver(tmp_path / "driver", POISON_RANK_1), flags, ranks=2)
+    good = tmp_path / "run/checkpoints/step_00000002.pt"
+    assert [result.status for result in results] == [1, 1]
+    assert_refused(results[0], "step 4", "rank 1", str(good))
+    assert all(value.isfinite().all() for value in load_checkpoint(good, "cpu")["model"].values())
+
+
+@contextmanager
+def largest_file(size: int):
+    """Writing beyond `size` bytes of a file fails, as on a full disk (Python ignores SIGXFSZ from the start)."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_is_one_sentence_and_the_older_checkpoint_is_intact(flags_for, tmp_path):
+    flags = flags_for(tmp_path, max_steps=4, save_every=2, val_every=0)
+    assert train_here([*flags, "--max_steps", "2"]).status == 0
+    older = tmp_path / "checkpoints/step_00000002.pt"
+    before = files_in(tmp_path / "checkpoints")
+    with largest_file(100_000):
+        result = train_here([*flags, "--resume", "True"])
+    assert_refused(result, "step_00000004.pt", "could not be written", "last good checkpoint is", str(older))
+    assert len(result.err.strip().splitlines()) == 1
+    assert files_in(tmp_path / "checkpoints") == before  # and no temporary file
+    assert train_here([*flags, "--resume", "True"]).status == 0
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_full_disk_is_one_sentence_with_two_processes_too(flags_for, tmp_path):
+    """Only rank 0 writes; the other must hear of it, not find the connection closed."""
+    pytest.importorskip("resource")
+    script = driver(tmp_path / "driver", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))")
+    results = launch(script, flags_for(tmp_path / "run", max_steps=2, val_every=0), ranks=2)
+    assert [result.status for result in results] == [1, 1]
+    assert_refused(results[0], "step_00000002.pt", "could not be written")
+    assert not results[1].err
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_weights_and_biases_failing_in_the_run_does_not_stop_training(flags_for, tmp_path, monkeypatch):
+    class Broken:
+        def log(self, *args, **kwargs):
+            raise ConnectionResetError("the service is gone")
+
+        finish = log
+
+    monkeypatch.setattr(train, "start_wandb", lambda **kwargs: Broken())
+    result = train_here(flags_for(tmp_path, max_steps=3))
+    assert result.status == 0, result.err
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+    assert len([line for line in (result.out + result.err).splitlines() if "service is gone" in line]) == 1
