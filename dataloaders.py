@@ -6,6 +6,9 @@ targets. Each epoch visits every window once, in an order that (seed, epoch) alo
 next total_batch_size / T windows of that endless sequence, however many processes share them, so the position
 of a run is its step, and it may resume with another number of processes.
 
+A window is cut wherever it falls: attention crosses the documents in it, which Llama 3's own training masked (section
+3.2 of its paper); without a mask the fast causal kernels stay on.
+
 Shape letters: B sequences of one micro-step in one process, T tokens of a window.
 """
 
@@ -232,8 +235,9 @@ class TrainWindows(Dataset):
 
 
 def _leave_interrupts_to_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal, and the training loop still needs batches to end its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and torchrun's SIGTERM reach these processes too, and the loop still needs batches to end its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def validation_batches(

@@ -92,7 +92,7 @@ def ending_log_probs(model: Transformer, texts: Sequence[tuple[list[int], list[i
     # The output layer, most of the arithmetic at 128,256 ids, runs at the endings' positions alone.
     hidden = model.hidden(tokens.to(device))[rows, columns]  # (endings' tokens, D)
     logits = model.output(hidden).float()
-    log_probs = -F.cross_entropy(logits, torch.tensor(targets, device=device), reduction="none")
+    log_probs = -F.cross_entropy(logits, torch.tensor(targets, device=device), reduction="none").cpu()
     return list(log_probs.split([ending_len for _, ending_len in texts]))
 
 

@@ -258,6 +258,7 @@ class Transformer(nn.Module):
         The blocks share their code, so the first one's is compiled for all; and the gradients of a block are there when
         its backward is done, not at the end of one big graph, so that data parallelism can send them meanwhile.
         """
+        torch._dynamo.config.optimize_ddp = False  # it would cut the blocks' graphs again, by size
         for layer in self.layers:
             layer.compile(dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)

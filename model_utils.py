@@ -151,9 +151,11 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "A6000": 155e12,
@@ -208,6 +210,8 @@ def save_checkpoint(folder: str | Path, checkpoint: dict, *, keep: int, is_best:
         OSError: it could not be written (a full disk); the older checkpoints are untouched.
     """
     path = Path(folder) / f"step_{checkpoint['step']:08d}.pt"
+    for leftover in Path(folder).glob(".step_*.tmp"):  # of a save that was killed
+        leftover.unlink()
     try:
         with atomic_write(path) as file:
             torch.save({"format_version": CHECKPOINT_FORMAT_VERSION, **checkpoint}, file)

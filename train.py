@@ -199,7 +199,11 @@ def config_errors(cfg: Config) -> list[str]:
         )
     try:
         device = pick_device(cfg.device)
-        if device.type == "cuda" and cfg.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        if (
+            device.type == "cuda"
+            and cfg.dtype == "bfloat16"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
             errors.append(f"dtype={cfg.dtype}: this GPU has none; pass --dtype float32")
     except ValueError as error:
         errors.append(str(error))
@@ -330,6 +334,7 @@ def train(cfg: Config, process: Process) -> int:
             load_moments(optimizer, state)
         restore_random_state(checkpoint["random_state"])
         start_step, best_val_loss, run_id = (checkpoint[key] for key in ("step", "best_val_loss", "run_id"))
+        del checkpoint  # its second copy of the weights
         process.print(f"resuming from {saved[0]} behind step {start_step}")
 
     # The wrappers see the loaded weights; evaluation and saving use the bare `model`
@@ -533,13 +538,14 @@ def load_checkpoint_to_resume(path: Path, cfg: Config, device: torch.device) -> 
 
 
 def main() -> int:
+    process = None
     try:
         cfg = read_config(sys.argv[1:])
         process = start_process(pick_device(cfg.device))
         status = train(cfg, process)
     except (ValueError, OSError, SourceError) as error:
-        if is_main_process():
-            print(f"train.py: {error}", file=sys.stderr)
+        if is_main_process() or process:  # all find the same wrong flags; later, one may fail alone
+            print(f"train.py{f' [rank {process.rank}]' if process and process.rank else ''}: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
         print(f"train.py: {str(error).splitlines()[0]} Halve --batch_size; the update stays the same", file=sys.stderr)
