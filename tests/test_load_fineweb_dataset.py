@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 import load_fineweb_dataset
-from load_fineweb_dataset import SourceError, prepare
+from load_fineweb_dataset import SAMPLE_VOCAB_SIZE, SourceError, prepare
 from tokenizer import Tokenizer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -464,7 +464,7 @@ def sample(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(socket, "getaddrinfo", refuse)
-        prepare(["sample"], folder, vocab_size=8192, show_progress=False)
+        prepare(["sample"], folder, vocab_size=SAMPLE_VOCAB_SIZE, show_progress=False)
     return folder
 
 
@@ -476,7 +476,7 @@ def test_the_sample_is_a_corpus_to_train_on(sample):
 
 def test_the_samples_held_out_documents_are_not_trained_on(sample):
     shards = shard_ids(sample)
-    documents = np.split(np.concatenate(shards), np.flatnonzero(np.concatenate(shards) == 8192 - 256)[1:])
+    documents = np.split(np.concatenate(shards), np.flatnonzero(np.concatenate(shards) == SAMPLE_VOCAB_SIZE - 256)[1:])
     position, held_out, trained_on = 0, set(), set()
     for ids in documents:
         if position + len(ids) <= len(shards[0]):

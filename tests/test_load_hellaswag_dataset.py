@@ -12,7 +12,7 @@ import pytest
 
 import load_hellaswag_dataset
 from hellaswag_utils import iterate_rows
-from load_fineweb_dataset import SourceError, prepare
+from load_fineweb_dataset import SAMPLE_VOCAB_SIZE, SourceError, prepare
 from load_hellaswag_dataset import download, write_sample
 from tokenizer import Tokenizer
 
@@ -212,7 +212,7 @@ def rows(sample):
 def held_out(sample):
     """The text of the validation shard, the last document cut where the shard ends."""
     ids = np.load(sample / "edufineweb_val_000000.npy").tolist()
-    return Tokenizer(vocab_size=8192).decode(ids).split("<|begin_of_text|>")[1:]
+    return Tokenizer(vocab_size=SAMPLE_VOCAB_SIZE).decode(ids).split("<|begin_of_text|>")[1:]
 
 
 def test_the_samples_rows_have_hellaswags_format(rows):
@@ -264,7 +264,7 @@ def test_the_sample_does_not_touch_the_prepared_corpus(sample, tmp_path, monkeyp
     names = sorted(path.name for path in sample.iterdir() if path.suffix != ".npy")
     assert names == ["manifest.json", "sample_continuations.jsonl"]
     before = {path: path.stat().st_mtime_ns for path in sample.iterdir()}
-    prepare(["sample"], sample, vocab_size=8192, show_progress=False)  # what the tutorial runs next
+    prepare(["sample"], sample, vocab_size=SAMPLE_VOCAB_SIZE, show_progress=False)  # what the tutorial runs next
     assert {path: path.stat().st_mtime_ns for path in sample.iterdir()} == before
 
 
