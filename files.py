@@ -1,8 +1,11 @@
 """Files that matter: written whole or not at all. And the layout of a folder of prepared token shards."""
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -61,3 +64,21 @@ def sha256_of(path: str | Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_free_space(needed: Iterable[tuple[Path, int]]) -> None:
+    """Raises OSError unless the disks can hold what is asked for: (folder, bytes), each folder there or to be made."""
+    disks, bytes_needed = {}, Counter()
+    for folder, count in needed:
+        folder = folder.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        device = folder.stat().st_dev
+        disks[device] = folder
+        bytes_needed[device] += count
+    for device, folder in disks.items():
+        free = shutil.disk_usage(folder).free
+        if bytes_needed[device] > free:
+            raise OSError(
+                errno.ENOSPC, f"needs {bytes_needed[device]:,} bytes, and the disk has {free:,}; make room", str(folder)
+            )

@@ -1,169 +1,61 @@
 """Documents -> token shards: FineWeb-Edu's 10-billion-token sample, the sample corpus, or files of your own.
 
     python load_fineweb_dataset.py                                   FineWeb-Edu sample-10BT, from the Hugging Face hub
+    python load_fineweb_dataset.py --stream                          the same, without a copy of its 28.5 GB on the disk
     python load_fineweb_dataset.py --max_tokens 300_000_000          its first 300 million tokens
     python load_fineweb_dataset.py --source sample                   Python's standard library; needs no network
     python load_fineweb_dataset.py --source a.jsonl.gz b.parquet c.txt --out_dir data/mine
+    python load_fineweb_dataset.py --verify                          check a prepared folder, to the last id
+    python load_fineweb_dataset.py --stats                           what a prepared folder holds
 
 Every document becomes <|begin_of_text|> text <|end_of_text|>; all of them, in order, form one stream of ids, cut
 into shards of equal size. Shard 0 is for validation. The bytes depend on the source, the vocabulary and the shard
-size alone, not on the number of processes. `manifest.json`, written last, describes the folder and makes it complete.
+size alone, not on the number of processes, nor on how often the work was killed and started again: the same command
+goes on behind the last whole shard. `manifest.json`, written last, describes the folder and makes it complete.
 """
 
 import argparse
-import gzip
-import hashlib
+import io
 import json
+import multiprocessing
 import os
-import platform
 import signal
 import sys
-import sysconfig
+import threading
 import time
-import zlib
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from files import MANIFEST, SHARD_FORMAT_VERSION, atomic_write, is_prepared, sha256_of, shard_name, token_dtype
-from tokenizer import Tokenizer
-
-FINEWEB = "HuggingFaceFW/fineweb-edu"
-FINEWEB_SUBSET = "sample-10BT"  # 9,672,101 documents in 14 parquet files of 28.5 GB
-FINEWEB_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+import inspect_data
+from files import (
+    MANIFEST,
+    SHARD_FORMAT_VERSION,
+    atomic_write,
+    check_free_space,
+    is_prepared,
+    sha256_of,
+    shard_name,
+    token_dtype,
+)
+from sources import FINEWEB_TOKENS, Hub, Source, SourceError, open_source, read_ahead
+from tokenizer import Tokenizer, split_long
 
 SAMPLE_ROOT = "data/sample"
 SAMPLE_VOCAB_SIZE = 4096
 SAMPLE_SHARD_SIZE = 2**17  # so that the validation shard is 4% of a corpus of about 3 million tokens
-# Tests differ between installations, encodings/ and pydoc_data/ hold tables and prose, the rest is not the library.
-SAMPLE_EXCLUDED = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
-SAMPLE_EXCLUDED |= {"site-packages", "dist-packages", "__pycache__"}
 
-CHUNK_CHARS = 1_000_000  # text handed to a worker at once: large against the cost of handing over
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-
-
-class SourceError(Exception):
-    """A source that cannot be read; the message is one sentence with the cure."""
-
-
-# ---------------------------------------------------------------- sources: iterators over documents
-
-
-@dataclass(frozen=True)
-class Source:
-    name: str
-    revision: str  # pins the content
-    documents: Iterable  # str, or whatever else a broken row holds
-
-
-def open_source(source: list[str]) -> Source:
-    """The documents behind the words of --source.
-
-    Raises:
-        SourceError: nothing there, or not a format that is read here.
-    """
-    if source == ["fineweb-edu"]:
-        return Source(f"{FINEWEB} {FINEWEB_SUBSET}", FINEWEB_REVISION, _fineweb_documents())
-    if source == ["sample"]:
-        return Source("sample", f"Python {platform.python_version()}", _sample_documents())
-    paths = [Path(p) for p in source]
-    for path in paths:
-        if not path.name.endswith(SUFFIXES):
-            raise SourceError(f"{path}: name 'fineweb-edu', 'sample', or files that end in {', '.join(SUFFIXES)}")
-        if not path.is_file():
-            raise SourceError(f"{path}: no such file; give paths of existing files")
-    revision = hashlib.sha256("".join(sha256_of(p) for p in paths).encode()).hexdigest()
-    return Source(" ".join(p.name for p in paths), revision, _file_documents(paths))
-
-
-def _fineweb_documents() -> Iterator:
-    import datasets  # here, not above: they take seconds, and only this source needs them
-    import huggingface_hub
-    import requests
-
-    try:
-        # One request of our own first: without a network the clients below retry for half a minute.
-        requests.head(huggingface_hub.constants.ENDPOINT, timeout=30)
-        rows = datasets.load_dataset(
-            FINEWEB, name=FINEWEB_SUBSET, split="train", revision=FINEWEB_REVISION, streaming=True
-        )
-        for batch in rows.select_columns("text").iter(batch_size=1000):
-            yield from batch["text"]
-    except Exception as error:  # datasets, huggingface_hub and httpx each raise their own
-        raise SourceError(
-            f"{huggingface_hub.constants.ENDPOINT}: could not read {FINEWEB} ({type(error).__name__}); "
-            "check the network (and HF_ENDPOINT, if set) and run this again; --source sample needs no network"
-        ) from error
-
-
-def _sample_documents() -> Iterator[str]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names = [p.relative_to(root) for p in root.rglob("*.py") if not SAMPLE_EXCLUDED & set(p.relative_to(root).parts)]
-    # In the order of their hashes: shuffled, so that the held-out shard is like the rest, and the same everywhere.
-    texts = [
-        (root / name).read_text(encoding="utf-8", errors="replace")
-        for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
-    ]
-    yield from dict.fromkeys(texts)  # a file that is there twice must not be both held out and trained on
-
-
-def _file_documents(paths: list[Path]) -> Iterator:
-    for path in paths:
-        try:
-            if path.suffix == ".txt":
-                yield path.read_text(encoding="utf-8", errors="replace")
-            elif path.suffix == ".parquet":
-                yield from _parquet_documents(path)
-            else:
-                yield from _jsonl_documents(path)
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())  # pyarrow's have several lines
-            raise SourceError(f"{path}: cannot be read ({reason}); replace the file") from error
-
-
-def _parquet_documents(path: Path) -> Iterator:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise SourceError(f"{path}: no column 'text', only {', '.join(file.schema_arrow.names)}; rename yours")
-            for batch in file.iter_batches(batch_size=1000, columns=["text"]):
-                yield from batch.column(0).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise SourceError(f"{path}: not a whole parquet file ({error}); replace the file") from error
-
-
-def _jsonl_documents(path: Path) -> Iterator:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise SourceError(f'{path}, line {number}: not a JSON object with a "text"; mend the line') from error
-
-
-def _chunks(documents: Iterable) -> Iterator[list]:
-    chunk, size = [], 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document) if isinstance(document, str) else 0
-        if size >= CHUNK_CHARS or len(chunk) >= 10_000:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+PROGRESS = "progress.json"  # beside the shards until the manifest takes its place: what is whole, where to go on
+BATCHES_AHEAD = 64  # of about a megabyte: workers stay busy while a shard is brought to the disk
+LEFT_OUT = ("empty", "null", "not a string")  # kinds of documents that leave no trace but in the manifest's count
 
 
 # ---------------------------------------------------------------- documents -> ids, in worker processes
@@ -171,45 +63,88 @@ def _chunks(documents: Iterable) -> Iterator[list]:
 _tokenizer: Tokenizer | None = None  # one in each worker
 
 
-def _start_worker(vocab_size: int, in_pool: bool = True) -> None:
+def _build_tokenizer(vocab_size: int) -> None:
     global _tokenizer
-    if in_pool:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
     _tokenizer = Tokenizer(vocab_size=vocab_size)
 
 
-def _tokenize(documents: list) -> tuple[np.ndarray, list[int]]:
-    """Ids of the documents, one behind the other; and for each that is empty or no text, and is left out, how many
-    others come before it."""
-    texts, skipped = [], []
-    for document in documents:
-        if isinstance(document, str) and document:
-            texts.append(document)
-        else:
-            skipped.append(len(texts))
-    ids = [_tokenizer.encode_document(text) for text in texts]
-    dtype = token_dtype(_tokenizer.vocab_size)
-    return np.concatenate(ids or [[]], dtype=dtype, casting="unsafe"), skipped
+def _start_worker(vocab_size: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _build_tokenizer(vocab_size)
 
 
-def _tokenized(chunks: Iterator[list], vocab_size: int, num_proc: int) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """`_tokenize` over the chunks in `num_proc` processes, results in the chunks' order, a few chunks ahead."""
-    if num_proc == 1:
-        _start_worker(vocab_size, in_pool=False)
-        yield from map(_tokenize, chunks)
-        return
-    pool = ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(vocab_size,))
+def _tokenize(documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Ids of the documents, one behind the other; how many of them are whose; and what is odd about which.
+
+    Args:
+        documents: a list, or an arrow array.
+    """
+    documents = documents if isinstance(documents, list) else documents.to_pylist()
+    ids, odd = [np.empty(0, dtype=np.uint32)] * len(documents), {}
+    for i, document in enumerate(documents):
+        if oddity := _oddity(document):
+            odd[i] = oddity
+        if oddity not in LEFT_OUT:
+            ids[i] = _tokenizer.encode_document(document)
+    lengths = np.array([len(i) for i in ids])
+    return np.concatenate(ids, dtype=token_dtype(_tokenizer.vocab_size), casting="unsafe"), lengths, odd
+
+
+def _oddity(document: object) -> str | None:
+    if document is None:
+        return "null"
+    if not isinstance(document, str):
+        return "not a string"
+    if not document:
+        return "empty"
     try:
-        ahead: deque = deque()
-        for chunk in chunks:
-            ahead.append(pool.submit(_tokenize, chunk))
-            if len(ahead) > 2 * num_proc:
+        document.encode()
+    except UnicodeEncodeError:
+        return "lone surrogates replaced"
+    return "too long for one piece" if len(list(split_long(document))) > 1 else None
+
+
+def _tokenized(source: Source, first: int, vocab_size: int, num_proc: int) -> Iterator[tuple]:
+    """`_tokenize` over the documents from number `first` on in `num_proc` processes, in the documents' order.
+
+    Raises:
+        SourceError: the source cannot be read, or a process died.
+    """
+    if num_proc == 1:
+        _build_tokenizer(vocab_size)
+        yield from map(_tokenize, source.read(first))
+        return
+    # Spawned, not forked: this process has threads, and a fork may inherit the locks that they hold.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(vocab_size,))
+    workers = set()
+    try:
+        with closing(read_ahead(source.read(first), 4)) as batches:
+            ahead: deque = deque()
+            for batch in batches:
+                if batch is None:  # a second without documents; submitting tells whether the workers live
+                    pool.submit(os.getpid)
+                else:
+                    ahead.append(pool.submit(_tokenize, batch))
+                if len(workers) < num_proc:
+                    workers.update(multiprocessing.active_children())
+                while ahead and (ahead[0].done() or len(ahead) > BATCHES_AHEAD + num_proc):
+                    yield ahead.popleft().result()
+            while ahead:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
     except BrokenProcessPool as error:
+        pool.shutdown()  # it ends the others with SIGTERM
+        codes = {worker.exitcode for worker in workers} - {None, 0, -signal.SIGTERM} or {-signal.SIGTERM}
+        cause = ", ".join(f"signal {-code}" if code < 0 else f"exit status {code}" for code in codes)
         raise SourceError(
-            "a worker process died, most likely for want of memory; run the same command with a smaller --num_proc"
+            f"a worker process died ({cause}); if memory ran out, take a smaller --num_proc; "
+            "the same command goes on behind the last whole shard"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -219,50 +154,69 @@ def _tokenized(chunks: Iterator[list], vocab_size: int, num_proc: int) -> Iterat
 
 
 class ShardWriter:
-    """Cuts a stream of ids into shards of `shard_size` and describes each for the manifest."""
+    """Cuts a stream of ids into shards of `shard_size`, written as they come, and describes each for the manifest.
 
-    def __init__(self, out_dir: Path, shard_size: int, tokenizer: Tokenizer):
-        self.out_dir, self.tokenizer = out_dir, tokenizer
-        self.byte_lengths = tokenizer.token_byte_lengths()
-        self.buffer = np.empty(shard_size, dtype=token_dtype(tokenizer.vocab_size))
-        self.filled = 0
-        self.shards: list[dict] = []
+    Args:
+        shards: descriptions of those that are there already.
+    """
+
+    def __init__(self, out_dir: Path, shard_size: int, tokenizer: Tokenizer, shards: list[dict]):
+        self.out_dir, self.shard_size, self.shards = out_dir, shard_size, shards
+        self.bos_id, self.dtype = tokenizer.bos_id, token_dtype(tokenizer.vocab_size)
+        self.byte_lengths = tokenizer.token_byte_lengths().astype(np.uint8)  # at most 128; small, for the cache
+        self.filled = 0  # tokens in the open shard
+        self._open = ExitStack()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._open.__exit__(*exception)
 
     def add(self, ids: np.ndarray) -> None:
-        while len(ids):
-            piece = ids[: len(self.buffer) - self.filled]
-            self.buffer[self.filled : self.filled + len(piece)] = piece
-            self.filled += len(piece)
-            ids = ids[len(piece) :]
-            if self.filled == len(self.buffer):
-                self.write(self.buffer)
-                self.filled = 0
+        """Append ids, at most as many as the open shard has room for; a full shard is closed."""
+        if not self.filled:
+            name = shard_name(len(self.shards))
+            self._file = self._open.enter_context(atomic_write(self.out_dir / name))
+            self._digest = sha256()
+            self._write(self._header(self.shard_size))
+            self._shard = {"file": name, "split": "train" if self.shards else "val"}
+            self._shard |= {"tokens": 0, "documents": 0, "text_bytes": 0}
+        self._write(np.ascontiguousarray(ids).data)
+        self._shard["documents"] += int(np.count_nonzero(ids == self.bos_id))  # those that begin here
+        self._shard["text_bytes"] += int(self.byte_lengths[ids].sum(dtype=np.int64))
+        self.filled += len(ids)
+        if self.filled == self.shard_size:
+            self._end(self._digest.hexdigest())
 
     def close(self, split_single: bool) -> None:
-        """Write what is left. A corpus that fits one shard has no training data: with `split_single`, its first tenth
-        becomes the validation shard and the rest a training shard."""
-        rest = self.buffer[: self.filled]
-        if split_single and not self.shards:
-            self.write(rest[: len(rest) // 10])
-            rest = rest[len(rest) // 10 :]
-        if len(rest):
-            self.write(rest)
+        """Close the last shard, short as it is. A corpus that fits one shard has no training data: with `split_single`,
+        its first tenth becomes the validation shard and the rest a training shard."""
+        if self.filled:
+            self._file.seek(0)
+            self._file.write(self._header(self.filled))  # as long as the one before: numpy pads it
+            self._file.flush()
+            self._end(sha256_of(self._file.name))
+            if split_single and len(self.shards) == 1:
+                ids = np.load(self.out_dir / self.shards.pop()["file"])
+                for self.shard_size in (len(ids) // 10, len(ids) - len(ids) // 10):
+                    piece, ids = ids[: self.shard_size], ids[self.shard_size :]
+                    self.add(piece)
 
-    def write(self, ids: np.ndarray) -> None:
-        name = shard_name(len(self.shards))
-        with atomic_write(self.out_dir / name) as file:
-            np.save(file, ids)
-        blocks = range(0, len(ids), 2**20)  # so that the look-up of byte lengths takes no second shard's memory
-        self.shards.append(
-            {
-                "file": name,
-                "split": "train" if self.shards else "val",
-                "tokens": len(ids),
-                "documents": int(np.count_nonzero(ids == self.tokenizer.bos_id)),  # those that begin here
-                "text_bytes": int(sum(self.byte_lengths[ids[i : i + 2**20]].sum() for i in blocks)),
-                "sha256": sha256_of(self.out_dir / name),
-            }
-        )
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    def _header(self, tokens: int) -> bytes:
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (tokens,)}
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, header)
+        return file.getvalue()
+
+    def _end(self, digest: str) -> None:
+        self._open.close()  # to the disk, under its name
+        self.shards.append({**self._shard, "tokens": self.filled, "sha256": digest})
+        self.filled = 0
 
 
 def prepare(
@@ -273,9 +227,10 @@ def prepare(
     shard_size: int | None = None,
     max_tokens: int | None = None,
     num_proc: int = 1,
+    stream: bool = False,
     show_progress: bool = True,
 ) -> dict:
-    """Write the shards and the manifest of `source` into `out_dir`; return the manifest.
+    """Write the shards and the manifest of `source` into `out_dir`, behind those that are there; return the manifest.
 
     Args:
         source: ["fineweb-edu"], ["sample"], or paths of .jsonl, .jsonl.gz, .parquet and .txt files.
@@ -283,74 +238,149 @@ def prepare(
             smaller than that is split a tenth to nine tenths.
         max_tokens: stop behind the document that reaches this many tokens.
         num_proc: worker processes; 1 works in this one.
+        stream: read the hub's files over the network, without a copy on the disk.
 
     Raises:
-        SourceError: the source cannot be read, or `out_dir` holds other data. What this call wrote is removed.
+        SourceError: the source cannot be read, a worker died, or `out_dir` holds other data or another run's work.
+            Whole shards stay, and the same call goes on behind them.
+        OSError: the disk is full, or will not hold what this needs.
     """
-    tokenizer, out_dir = Tokenizer(vocab_size=vocab_size), Path(out_dir)
-    opened = open_source(source)
+    out_dir, opened = Path(out_dir), open_source(source, stream=stream)
     recipe = {
         "format_version": SHARD_FORMAT_VERSION,
         "source": opened.name,
         "revision": opened.revision,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_fingerprint": Tokenizer(vocab_size=vocab_size).fingerprint,
         "vocab_size": vocab_size,
         "dtype": token_dtype(vocab_size).name,
         "shard_size": shard_size,
         "max_tokens": max_tokens,
     }
     if is_prepared(out_dir):
-        try:
-            manifest = {**json.loads((out_dir / MANIFEST).read_text())}
-        except (ValueError, TypeError) as error:
-            raise SourceError(f"{out_dir / MANIFEST}: not a manifest; delete {out_dir} and run this again") from error
-        different = [f"{k} {manifest.get(k)} there, {now} asked" for k, now in recipe.items() if manifest.get(k) != now]
-        if different:
-            raise SourceError(f"{out_dir}: holds other data ({'; '.join(different)}); choose another --out_dir")
-        return manifest
-    out_dir.mkdir(parents=True, exist_ok=True)
-    # Of a run that was killed: without a manifest it is no data.
-    for leftover in [*out_dir.glob("edufineweb_*.npy"), *out_dir.glob(".edufineweb_*.tmp")]:
-        leftover.unlink()
-
-    size = shard_size or (SAMPLE_SHARD_SIZE if source == ["sample"] else 100_000_000)
-    writer = ShardWriter(out_dir, size, tokenizer)
-    tokens, skipped = 0, 0
-    try:
-        with (
-            tqdm(total=max_tokens, unit="token", unit_scale=True, disable=not show_progress) as progress,
-            closing(_tokenized(_chunks(opened.documents), vocab_size, num_proc)) as results,
-        ):
-            for ids, left_out in results:
-                if max_tokens is not None and tokens + len(ids) >= max_tokens:
-                    ends = np.flatnonzero(ids == tokenizer.eos_id) + 1
-                    last = np.searchsorted(ends, max_tokens - tokens)
-                    ids, left_out = ids[: ends[last]], [i for i in left_out if i <= last]
-                skipped += len(left_out)
-                writer.add(ids)
-                tokens += len(ids)
-                progress.update(len(ids))
-                if max_tokens is not None and tokens >= max_tokens:
-                    break
-        if not tokens:
-            raise SourceError(f"{opened.name}: no document has any text; check the source")
-        writer.close(split_single=shard_size is None)
-        manifest = {
-            **recipe,
-            "documents": sum(shard["documents"] for shard in writer.shards),
-            "skipped_documents": skipped,
-            "tokens": tokens,
-            "shards": writer.shards,
-        }
+        return _read_json(out_dir / MANIFEST, recipe)
+    with _locked(out_dir):
+        if is_prepared(out_dir):  # by the run that held the lock
+            return _read_json(out_dir / MANIFEST, recipe)
+        manifest = _write_shards(opened, out_dir, recipe, num_proc, show_progress)
         with atomic_write(out_dir / MANIFEST, "w") as file:
             json.dump(manifest, file, indent=1)
-    except BaseException:
-        for shard in out_dir.glob("edufineweb_*.npy"):
-            shard.unlink()
+        (out_dir / PROGRESS).unlink(missing_ok=True)
+    return manifest
+
+
+def _write_shards(source: Source, out_dir: Path, recipe: dict, num_proc: int, show_progress: bool) -> dict:
+    """Returns the manifest."""
+    tokenizer = Tokenizer(vocab_size=recipe["vocab_size"])
+    max_tokens = recipe["max_tokens"]
+    shard_size = recipe["shard_size"] or (SAMPLE_SHARD_SIZE if source.name == "sample" else 100_000_000)
+
+    # Where to go on: at token `offset` of document number `document`, with the shards and the odd documents before it.
+    progress = {"document": 0, "offset": 0, "odd_documents": {}, "shards": []}
+    if (out_dir / PROGRESS).is_file():
+        progress = _read_json(out_dir / PROGRESS, recipe)
+        _check_shards(out_dir, progress["shards"])
+    document, offset, shards = progress["document"], progress["offset"], progress["shards"]
+    odd_documents = Counter(progress["odd_documents"])
+    for leftover in [*out_dir.glob("edufineweb_*.npy"), *out_dir.glob(".*.tmp")]:
+        if leftover.name not in {shard["file"] for shard in shards}:
+            leftover.unlink()  # half a shard, or one whose progress was not noted: it will be written again
+    tokens = sum(shard["tokens"] for shard in shards) - offset  # up to the beginning of the document
+
+    if isinstance(source, Hub):
+        few = recipe["dtype"] == "uint16"  # a smaller vocabulary makes more tokens of a text, up to a half more
+        expected = min(max_tokens or 10**15, FINEWEB_TOKENS * 3 // 2 if few else FINEWEB_TOKENS)
+        shard_bytes = (expected - tokens) * np.dtype(recipe["dtype"]).itemsize
+        check_free_space([*source.disk_needed(max_tokens), (out_dir, shard_bytes)])
+
+    with (
+        ShardWriter(out_dir, shard_size, tokenizer, shards) as writer,
+        tqdm(total=max_tokens, initial=tokens, unit="token", unit_scale=True, disable=not show_progress) as bar,
+        closing(_tokenized(source, document, recipe["vocab_size"], num_proc)) as results,
+    ):
+        for ids, lengths, odd in results:
+            if max_tokens is not None and tokens >= max_tokens:
+                break
+            ends = np.cumsum(lengths)
+            if max_tokens is not None and tokens + len(ids) > max_tokens:
+                lengths = lengths[: np.searchsorted(ends, max_tokens - tokens) + 1]
+                ends = ends[: len(lengths)]
+                ids = ids[: ends[-1]]
+            written = offset  # tokens of this batch that are in shards
+            while written < len(ids):
+                piece = ids[written : written + shard_size - writer.filled]
+                writer.add(piece)
+                written += len(piece)
+                if not writer.filled:
+                    # The border is in document k of the batch, or behind it.
+                    k = int(np.searchsorted(ends, written))
+                    begin = int(ends[k] - lengths[k])
+                    position = (k + 1, 0) if ends[k] == written else (k, written - begin)
+                    before = Counter(kind for i, kind in odd.items() if i < position[0])
+                    progress = {"document": document + position[0], "offset": position[1]}
+                    progress |= {"odd_documents": odd_documents + before, "shards": writer.shards}
+                    with atomic_write(out_dir / PROGRESS, "w") as file:
+                        json.dump(recipe | progress, file, indent=1)
+            odd_documents.update(kind for i, kind in odd.items() if i < len(lengths))
+            document, offset, tokens = document + len(lengths), 0, tokens + len(ids)
+            bar.update(len(ids))
+        if not tokens:
+            raise SourceError(f"{source.name}: no document has any text; check the source")
+        writer.close(split_single=recipe["shard_size"] is None)
+    return {
+        **recipe,
+        "documents": sum(shard["documents"] for shard in shards),
+        "odd_documents": dict(sorted(odd_documents.items())),
+        "tokens": tokens,
+        "shards": shards,
+    }
+
+
+def _read_json(path: Path, recipe: dict) -> dict:
+    """The manifest or the progress at `path`. Raises SourceError unless it is of this recipe."""
+    try:
+        content = {**json.loads(path.read_text())}
+    except (ValueError, TypeError) as error:
+        raise SourceError(f"{path}: not JSON as this writes it; delete {path.parent} and run this again") from error
+    different = [f"{k} {content.get(k)} there, {now} asked" for k, now in recipe.items() if content.get(k) != now]
+    if different:
+        raise SourceError(
+            f"{path.parent}: holds other data ({'; '.join(different)}); choose another --out_dir, or delete it"
+        )
+    return content
+
+
+def _check_shards(out_dir: Path, shards: list[dict]) -> None:
+    for shard in shards:
+        path = out_dir / shard["file"]
+        try:
+            tokens = len(np.load(path, mmap_mode="r"))
+        except (OSError, ValueError, EOFError):
+            tokens = None
+        if tokens != shard["tokens"]:
+            raise SourceError(f"{path}: missing or cut short since it was written; delete {out_dir} and run this again")
+
+
+@contextmanager
+def _locked(out_dir: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; leaves none behind where nothing was written."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / ".lock"
+    try:
+        with FileLock(path, timeout=0):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Timeout as error:
+        raise SourceError(f"{out_dir}: another run is preparing it; wait for its end") from error
+    finally:
         if not any(out_dir.iterdir()):
             out_dir.rmdir()
-        raise
-    return manifest
+
+
+def _num_cores() -> int:
+    """Those that this process may use, which in a container or a batch job are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> int:
@@ -361,7 +391,12 @@ def main() -> int:
     add("--vocab_size", type=int, help="ids, 512 to 128256 (default: 128256; the sample: 4096)")
     add("--shard_size", type=int, help="tokens in a shard (default: 100 million; the sample: 131072)")
     add("--max_tokens", type=int, help="stop behind the document that reaches this many tokens (default: all)")
-    add("--num_proc", type=int, default=os.cpu_count(), help="worker processes (default: one a core)")
+    add("--num_proc", type=int, default=_num_cores(), help="worker processes (default: one a core)")
+    add("--stream", action="store_true", help="read FineWeb-Edu over the network, without a copy on the disk")
+    add(
+        "--verify", action="store_true", help="only re-hash every shard of --out_dir and check every id; 1 if not whole"
+    )
+    add("--stats", action="store_true", help="only show what the documents of --out_dir are like")
     args = parser.parse_args()
     for name in ("shard_size", "max_tokens", "num_proc"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -372,6 +407,13 @@ def main() -> int:
 
     began, was_prepared = time.perf_counter(), is_prepared(out_dir)
     try:
+        if args.verify or args.stats:
+            manifest = inspect_data.read_manifest(out_dir)
+            if args.verify:
+                print(inspect_data.verify(out_dir, manifest))
+            if args.stats:
+                print(inspect_data.stats(out_dir, manifest))
+            return 0
         manifest = prepare(
             args.source,
             out_dir,
@@ -379,17 +421,19 @@ def main() -> int:
             shard_size=args.shard_size,
             max_tokens=args.max_tokens,
             num_proc=args.num_proc,
+            stream=args.stream,
         )
     except (SourceError, ValueError, OSError) as error:
         print(f"load_fineweb_dataset.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("load_fineweb_dataset.py: stopped; the unfinished folder was cleared", file=sys.stderr)
+        print("load_fineweb_dataset.py: stopped; the same command goes on behind the last whole shard", file=sys.stderr)
         return 130
     seconds, shards, tokens = time.perf_counter() - began, manifest["shards"], manifest["tokens"]
+    left_out = sum(manifest["odd_documents"].get(kind, 0) for kind in LEFT_OUT)
     print(
         f"{out_dir}: {'already prepared, ' if was_prepared else ''}{manifest['documents']:,} documents "
-        f"({manifest['skipped_documents']} without text left out), {tokens:,} tokens in {len(shards)} shards "
+        f"({left_out:,} without text left out), {tokens:,} tokens in {len(shards)} shards "
         f"({shards[0]['tokens']:,} for validation), {sum(s['text_bytes'] for s in shards) / tokens:.2f} bytes a token; "
         f"{seconds:.1f} s"
     )

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from dataloaders import TokenStream
 from files import atomic_write, sha256_of
-from load_fineweb_dataset import SAMPLE_ROOT, SAMPLE_VOCAB_SIZE, SourceError, prepare
+from load_fineweb_dataset import SAMPLE_ROOT, SAMPLE_VOCAB_SIZE, prepare
+from sources import SourceError
 from tokenizer import Tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"

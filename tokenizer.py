@@ -105,7 +105,7 @@ class Tokenizer:
         surrogates, which UTF-8 cannot hold, become U+FFFD.
         """
         ids = [self.bos_id] if bos else []
-        for piece in _split_long(text):
+        for piece in split_long(text):
             ids.extend(self._encoding.encode_ordinary(piece))
         if eos:
             ids.append(self.eos_id)
@@ -114,7 +114,7 @@ class Tokenizer:
     def encode_document(self, text: str) -> np.ndarray:
         """`encode(text, bos=True, eos=True)` as a uint32 array, without a Python object for every id."""
         try:
-            ids = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _split_long(text)]
+            ids = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in split_long(text)]
         except UnicodeEncodeError:  # lone surrogates, which only encode_ordinary replaces
             return np.array(self.encode(text, bos=True, eos=True), dtype=np.uint32)
         return np.concatenate([[self.bos_id], *ids, [self.eos_id]], dtype=np.uint32, casting="unsafe")
@@ -135,12 +135,12 @@ class Tokenizer:
         return np.array([len(token) for token in self._text_tokens] + [0] * NUM_SPECIAL_TOKENS)
 
 
-def _split_long(text: str) -> Iterator[str]:
+def split_long(text: str) -> Iterator[str]:
     """Cut `text` so that no piece exceeds MAX_ENCODE_CHARS, nor holds a longer run than MAX_RUN_CHARS of
     white space or of anything else. Texts that need no cut, nearly all, cost one comparison."""
     for start in range(0, len(text), MAX_ENCODE_CHARS):
         block = text[start : start + MAX_ENCODE_CHARS]
-        if len(block) <= MAX_RUN_CHARS:
+        if not _may_hold_long_run(block):
             yield block
             continue
         cut = 0
@@ -149,3 +149,10 @@ def _split_long(text: str) -> Iterator[str]:
                 yield block[cut:end]
                 cut = end
         yield block[cut:]
+
+
+def _may_hold_long_run(block: str) -> bool:
+    """Looks at a few characters of each stretch: a run of more than MAX_RUN_CHARS would fill one of these whole."""
+    size = MAX_RUN_CHARS // 2
+    stretches = (block[i : i + size] for i in range(0, len(block) - size + 1, size))
+    return any(stretch.isspace() or not re.search(r"\s", stretch) for stretch in stretches)

@@ -31,7 +31,7 @@ import hellaswag_utils
 from dataloaders import TokenStream, TrainWindows, validation_batches
 from files import atomic_write, is_prepared
 from generate import complete
-from load_fineweb_dataset import SourceError, prepare
+from load_fineweb_dataset import prepare
 from load_hellaswag_dataset import write_sample
 from model import ModelConfig, Transformer
 from model_utils import (
@@ -58,6 +58,7 @@ from model_utils import (
 )
 from optimizers import build_optimizers, load_moments, lr_factor
 from report import write_report
+from sources import SourceError
 from tokenizer import VOCAB_SIZES, Tokenizer
 
 # ================================ CONFIGURATION ================================
