@@ -59,6 +59,8 @@ def verify(folder: str | Path, manifest: dict) -> str:
         path = folder / shard["file"]
         counted = {"tokens": 0, "documents": 0, "text_bytes": 0}
         try:
+            if sha256_of(path) != shard["sha256"]:
+                raise ValueError("its sha256 is not the manifest's")
             if np.load(path, mmap_mode="r").dtype != token_dtype(tokenizer.vocab_size):
                 raise ValueError(f"its ids are not {token_dtype(tokenizer.vocab_size)}")
             for ids in _blocks(path):
@@ -71,8 +73,6 @@ def verify(folder: str | Path, manifest: dict) -> str:
                 if count != shard[key]:
                     raise ValueError(f"{count:,} {key} where the manifest says {shard[key]:,}")
                 totals[key] += count
-            if sha256_of(path) != shard["sha256"]:
-                raise ValueError("its sha256 is not the manifest's")
         except (ValueError, EOFError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise ValueError(f"{path}: {reason}; delete the folder and prepare it anew") from error

