@@ -6,8 +6,7 @@ targets. Each epoch visits every window once, in an order that (seed, epoch) alo
 next total_batch_size / T windows of that endless sequence, however many processes share them, so the position
 of a run is its step, and it may resume with another number of processes.
 
-A window is cut wherever it falls: attention crosses the documents in it, which Llama 3's own training masked (section
-3.2 of its paper); without a mask the fast causal kernels stay on.
+A window is cut wherever it falls, and documents lie in it end to end: `model.document_positions` keeps them apart.
 
 Shape letters: B sequences of one micro-step in one process, T tokens of a window.
 """

@@ -33,7 +33,7 @@ from files import atomic_write, is_prepared
 from generate import complete
 from load_fineweb_dataset import SourceError, prepare
 from load_hellaswag_dataset import write_sample
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, document_positions
 from model_utils import (
     MetricsLog,
     Process,
@@ -69,6 +69,7 @@ class Config:
     data_root: str = "data/fineweb-edu-10BT"  # folder that load_fineweb_dataset.py prepared
     hellaswag_path: str = "data/hellaswag/hellaswag_val.jsonl"  # file that load_hellaswag_dataset.py fetched
     out_dir: str = "runs/llama3"  # folder of this run: metrics, samples, checkpoints
+    document_mask: bool = False  # attention stays within a document, as Llama 3 was trained; slower on long sequences
 
     # Batch and length of the run
     total_batch_size: int = 524_288  # tokens an optimizer step, over all processes; 2^19, as GPT-3 Small had
@@ -264,7 +265,9 @@ def open_run_folder(cfg: Config) -> None:
 
 
 @torch.no_grad()
-def validate(model: Transformer, stream: TokenStream, byte_lengths: Tensor, cfg: Config, process: Process) -> dict:
+def validate(
+    model: Transformer, stream: TokenStream, tokenizer: Tokenizer, byte_lengths: Tensor, cfg: Config, process: Process
+) -> dict:
     """Mean loss in nats a token, and bits a byte of text, which compares across vocabularies. The bits of control
     tokens count, though they have no bytes."""
     sums = [0.0, 0.0, 0.0]  # nats, tokens, bytes
@@ -276,7 +279,9 @@ def validate(model: Transformer, stream: TokenStream, byte_lengths: Tensor, cfg:
         rank=process.rank,
         world_size=process.world_size,
     ):
-        loss = model(x.to(process.device), y.to(process.device))
+        x = x.to(process.device)
+        positions = document_positions(x, tokenizer.bos_id) if cfg.document_mask else None
+        loss = model(x, y.to(process.device), positions=positions)
         batch = (loss.item() * y.numel(), y.numel(), byte_lengths[y].sum().item())
         sums = [a + b for a, b in zip(sums, batch, strict=True)]
     nats, tokens, text_bytes = sum_over_processes(sums, process.device)
@@ -372,7 +377,7 @@ def train(cfg: Config, process: Process) -> int:
         with torch.compiler.set_stance("force_eager"):  # shapes of their own, not worth compiling
             if val:
                 with autocast:
-                    row = validate(model, val_stream, byte_lengths, cfg, process)
+                    row = validate(model, val_stream, tokenizer, byte_lengths, cfg, process)
                 if not math.isfinite(row["val_loss"]):
                     raise ValueError(not_finite(f"step {step}: the validation loss", out_dir))
                 metrics.write({"step": step, "tokens": step * cfg.total_batch_size, **row})
@@ -424,8 +429,9 @@ def train(cfg: Config, process: Process) -> int:
             x, y = (t.to(device, non_blocking=True) for t in next(batches))
             # DDP decides in the forward pass whether the backward pass will send gradients: once a step is enough.
             ddp.require_backward_grad_sync = micro_step == accumulation - 1
+            positions = document_positions(x, tokenizer.bos_id) if cfg.document_mask else None
             with autocast:
-                loss = ddp(x, y)
+                loss = ddp(x, y, positions=positions)
             (loss / accumulation).backward()
             mean_loss += loss.detach() / accumulation
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -520,15 +526,14 @@ def not_finite(what: str, out_dir: Path) -> str:
 
 
 def load_checkpoint_to_resume(path: Path, cfg: Config, device: torch.device) -> dict:
-    """Raises ValueError where the checkpoint is not one of a run with this model and optimizer."""
+    """Raises ValueError where the checkpoint is not one of a run with this model, optimizer and masking."""
     checkpoint = load_checkpoint(path, device)
     parts = {"step", "model", "optimizers", "config", "data", "random_state", "best_val_loss", "run_id"}
     if missing := parts - checkpoint.keys():
         raise ValueError(f"{path}: holds a model but no run to resume ({', '.join(sorted(missing))} missing)")
     was, now = checkpoint["config"], config_as_dict(cfg)
-    different = (
-        [f"optimizer was {was['optimizer']}, is {now['optimizer']}"] if was["optimizer"] != cfg.optimizer else []
-    )
+    was = {"document_mask": False} | was  # older runs had none
+    different = [f"{k} was {was[k]}, is {now[k]}" for k in ("optimizer", "document_mask") if was[k] != now[k]]
     different += [
         f"model.{k} was {was['model'].get(k)}, is {v}" for k, v in now["model"].items() if was["model"].get(k) != v
     ]

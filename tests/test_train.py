@@ -457,6 +457,21 @@ def test_muon_resumes_with_the_bits_of_the_uninterrupted_run(flags_for, tmp_path
     assert len(checkpoint_of(out_dir, STEPS)["optimizers"]) == 2
 
 
+def test_run_with_masked_documents_differs_and_resumes_with_the_bits_of_the_uninterrupted(whole, whole_flags, tmp_path):
+    fields = {"document_mask": True, "max_steps": 30}
+    assert train_here(whole_flags(tmp_path / "whole", **fields)).status == 0
+    for field in ("train_loss", "val_loss"):
+        losses, unmasked = (
+            {row["step"]: row[field] for row in rows_of(out_dir, field)} for out_dir in (tmp_path / "whole", whole)
+        )
+        assert any(abs(losses[step] - unmasked[step]) > 1e-5 for step in losses), field
+    assert checkpoint_of(tmp_path / "whole", 20)["config"]["document_mask"] is True
+    out_dir = copy_checkpoint(tmp_path / "whole", 20, tmp_path / "run")
+    result = train_here(whole_flags(out_dir, resume=True, **fields))
+    assert result.status == 0, result.err
+    assert_same_bits(out_dir, tmp_path / "whole", first_step=21, last_step=30)
+
+
 def test_sigterm_saves_and_the_resumed_run_has_the_bits_of_the_uninterrupted_one(whole, whole_flags, tmp_path):
     [result] = launch(driver(tmp_path / "driver", SIGTERM_AT_13), whole_flags(tmp_path / "run"), ranks=1)
     assert result.status == 128 + signal.SIGTERM, result
@@ -817,6 +832,7 @@ def test_refused_run_leaves_an_earlier_run_where_it_is(flags_for, tmp_path):
         ({"model__dim": 64}, ["dim", "64"]),
         ({"model__n_layers": 3}, ["n_layers"]),
         ({"optimizer": "muon"}, ["optimizer", "adamw", "muon"]),
+        ({"document_mask": True}, ["document_mask was False, is True"]),
     ],
     ids=lambda value: next(iter(value)),
 )
