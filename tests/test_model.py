@@ -348,6 +348,15 @@ def test_packed_documents_have_the_logits_loss_and_gradients_of_each_one_alone(n
         assert_close(gradient, parameter.grad, 1e-5)
 
 
+def test_rotations_begin_anew_with_each_document():
+    """Attention sees distances alone, so logits would not tell; the tables beyond the longest document do."""
+    model, tokens = random_model(), packed()[:1]
+    with torch.no_grad():
+        logits = model(tokens, positions=document_positions(tokens, BOS))
+        model.rope_cos[20:] = math.nan
+        assert torch.equal(model(tokens, positions=document_positions(tokens, BOS)), logits)
+
+
 def test_changing_a_document_changes_no_bit_of_the_others():
     model, tokens = random_model(), packed()
     with torch.no_grad():
