@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag_utils
-from dataloaders import TokenStream, TrainWindows, validation_batches
+from dataloaders import BLOCK, TokenStream, TrainWindows, folder_quotas, open_streams, validation_batches
 from files import atomic_write, is_prepared
 from generate import complete
 from load_fineweb_dataset import SourceError, prepare
@@ -66,7 +66,7 @@ from tokenizer import VOCAB_SIZES, Tokenizer
 @dataclass
 class Config:
     # Data
-    data_root: str = "data/fineweb-edu-10BT"  # folder that load_fineweb_dataset.py prepared
+    data_root: str | tuple[str, ...] = "data/fineweb-edu-10BT"  # prepared folder; or several to mix, as path:weight
     hellaswag_path: str = "data/hellaswag/hellaswag_val.jsonl"  # file that load_hellaswag_dataset.py fetched
     out_dir: str = "runs/llama3"  # folder of this run: metrics, samples, checkpoints
     document_mask: bool = False  # attention stays within a document, as Llama 3 was trained; slower on long sequences
@@ -222,9 +222,14 @@ def read_config(args: list[str]) -> Config:
     errors = []
     data_given = cfg.data_root == sample.data_root  # the two configurations differ in it, unless a flag set it
     hellaswag_given = cfg.hellaswag_path == sample.hellaswag_path
-    if not is_prepared(cfg.data_root):
+    missing = []
+    try:
+        missing = [folder for folder in folder_quotas(cfg.data_root) if not is_prepared(folder)]
+    except ValueError as error:
+        errors.append(str(error))
+    if missing:
         if data_given:
-            errors.append(f"data_root={cfg.data_root}: not a prepared folder; load_fineweb_dataset.py makes one")
+            errors += [f"data_root={m}: not a prepared folder; load_fineweb_dataset.py makes one" for m in missing]
         else:
             if is_main_process():
                 print(f"{cfg.data_root} is not prepared: `python load_fineweb_dataset.py` prepares 10 billion tokens.")
@@ -246,7 +251,9 @@ def read_config(args: list[str]) -> Config:
 
 def prepare_sample(cfg: Config) -> None:
     """Write the sample's files where the sample is asked for and they are not there."""
-    if cfg.data_root == SAMPLE.data_root and not is_prepared(cfg.data_root):
+    if cfg.data_root != SAMPLE.data_root:
+        return
+    if not is_prepared(cfg.data_root):
         prepare(["sample"], cfg.data_root, vocab_size=cfg.model.vocab_size)
     if cfg.hellaswag_path == SAMPLE.hellaswag_path and not Path(cfg.hellaswag_path).is_file():
         write_sample(cfg.data_root, cfg.hellaswag_path, cfg.model.vocab_size)
@@ -266,13 +273,18 @@ def open_run_folder(cfg: Config) -> None:
 
 @torch.no_grad()
 def validate(
-    model: Transformer, stream: TokenStream, tokenizer: Tokenizer, byte_lengths: Tensor, cfg: Config, process: Process
+    model: Transformer,
+    streams: list[TokenStream],
+    tokenizer: Tokenizer,
+    byte_lengths: Tensor,
+    cfg: Config,
+    process: Process,
 ) -> dict:
     """Mean loss in nats a token, and bits a byte of text, which compares across vocabularies. The bits of control
     tokens count, though they have no bytes."""
     sums = [0.0, 0.0, 0.0]  # nats, tokens, bytes
     for x, y in validation_batches(
-        stream,
+        streams,
         seq_len=cfg.model.max_seq_len,
         batch_size=max(1, cfg.batch_size // 4),  # uncompiled, the logits are held three times over
         max_tokens=cfg.val_tokens,
@@ -299,15 +311,15 @@ def train(cfg: Config, process: Process) -> int:
     for prompt in cfg.prompts if cfg.generate_every else ():
         if (n := len(tokenizer.encode(prompt, bos=True))) >= cfg.model.max_seq_len:
             raise ValueError(f"prompts={prompt!r}: its {n} tokens fill model.max_seq_len={cfg.model.max_seq_len}")
-    train_stream, val_stream = (
-        TokenStream(cfg.data_root, split, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    train_streams, val_streams = (
+        open_streams(cfg.data_root, split, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
         for split in ("train", "val")
     )
     byte_lengths = torch.from_numpy(tokenizer.token_byte_lengths())
     tokens_per_micro_step = cfg.batch_size * cfg.model.max_seq_len * process.world_size
     accumulation = cfg.total_batch_size // tokens_per_micro_step
     windows = TrainWindows(
-        train_stream,
+        train_streams,
         seq_len=cfg.model.max_seq_len,
         batch_size=cfg.batch_size,
         accumulation=accumulation,
@@ -364,9 +376,11 @@ def train(cfg: Config, process: Process) -> int:
     metrics = MetricsLog(out_dir, wandb_run, process.is_main, last_step=start_step if saved else -1)
     peak = process.world_size * peak_flops(device, torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32)
     flops = flops_per_token(model)
+    tokens = cfg.max_steps * cfg.total_batch_size
+    epochs = [f"{tokens * s.quota / BLOCK / len(s):.2f} epochs of {len(s):,} tokens" for s in train_streams]
     process.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {cfg.max_steps:,} steps, "
-        f"{cfg.max_steps * cfg.total_batch_size / len(train_stream):.2f} epochs of {len(train_stream):,} tokens; "
+        f"{' + '.join(epochs)}; "
         f"a step is {cfg.total_batch_size:,} tokens = {process.world_size} x {device} x {accumulation} micro-steps x "
         f"{cfg.batch_size} x {cfg.model.max_seq_len}; peak {peak / 1e12:.2f} TFLOP/s"
     )
@@ -377,12 +391,15 @@ def train(cfg: Config, process: Process) -> int:
         with torch.compiler.set_stance("force_eager"):  # shapes of their own, not worth compiling
             if val:
                 with autocast:
-                    row = validate(model, val_stream, tokenizer, byte_lengths, cfg, process)
+                    row = validate(model, val_streams, tokenizer, byte_lengths, cfg, process)
                 if not math.isfinite(row["val_loss"]):
                     raise ValueError(not_finite(f"step {step}: the validation loss", out_dir))
-                metrics.write({"step": step, "tokens": step * cfg.total_batch_size, **row})
+                shares = windows.shares(step)
+                mixture = {"data_shares": shares} if shares else {}
+                metrics.write({"step": step, "tokens": step * cfg.total_batch_size, **row, **mixture})
                 process.print(
                     f"step {step:>6}  validation {row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte"
+                    + "".join(f", {share:.1%} of {folder}" for folder, share in shares.items())
                 )
                 figures |= row
             if hellaswag:
