@@ -889,6 +889,16 @@ def test_resume_refuses_what_it_cannot_go_on_with(whole, whole_flags, tmp_path, 
     assert files_in(out_dir) == before
 
 
+def test_checkpoint_from_before_documents_were_masked_goes_on_without(whole, whole_flags, tmp_path):
+    path = copy_checkpoint(whole, 20, tmp_path / "run") / "checkpoints/step_00000020.pt"
+    checkpoint = checkpoint_of(whole, 20)
+    del checkpoint["config"]["document_mask"]
+    torch.save(checkpoint, path)
+    masked = whole_flags(tmp_path / "run", resume=True, max_steps=21, document_mask=True)
+    assert_refused(train_here(masked), "document_mask was False, is True")
+    assert train_here(whole_flags(tmp_path / "run", resume=True, max_steps=21)).status == 0
+
+
 def test_damaged_newest_checkpoint_is_named_and_not_skipped(whole, whole_flags, tmp_path):
     out_dir = copy_checkpoint(whole, 20, tmp_path / "run")
     damaged = out_dir / "checkpoints/step_00000025.pt"
