@@ -6,15 +6,19 @@ targets. Each epoch visits every window once, in an order that (seed, epoch) alo
 next total_batch_size / T windows of that endless sequence, however many processes share them, so the position
 of a run is its step, and it may resume with another number of processes.
 
-A window is cut wherever it falls: attention crosses the documents in it, which Llama 3's own training masked (section
-3.2 of its paper); without a mask the fast causal kernels stay on.
+Of several folders, every thousand windows in a row hold each one's quota, shuffled; each folder goes through its own
+epochs, in the order that it would have alone.
+
+A window is cut wherever it falls, and documents lie in it end to end: `model.document_positions` keeps them apart.
 
 Shape letters: B sequences of one micro-step in one process, T tokens of a window.
 """
 
 import json
+import math
 import signal
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,49 @@ from files import MANIFEST, SHARD_FORMAT_VERSION, token_dtype
 # of a small folder, in a fraction of a second); the rest is compared as it is read.
 CHECKED_TOKENS = 2**26
 
+BLOCK = 1000  # windows in a row of a mixture that hold each folder's quota exactly
+
+
+def folder_quotas(data_root: str | Sequence[str]) -> dict[str, int]:
+    """Prepared folders and how many of every BLOCK windows each provides, from words `path` or `path:weight`.
+
+    Raises:
+        ValueError: no folder is named, one is named twice, or its weight comes to no window.
+    """
+    weights: dict[str, float] = {}
+    for word in [data_root] if isinstance(data_root, str) else data_root:
+        path, _, number = word.rpartition(":")
+        try:
+            weight = float(number) if path else 0.0
+        except ValueError:  # a colon of the path's own, as in C:\\data
+            weight = 0.0
+        path, weight = (path, weight) if 0 < weight < math.inf else (word, 1.0)
+        if Path(path) in map(Path, weights):
+            raise ValueError(f"data_root: names {path} twice; give it once, with the sum of its weights")
+        weights[path] = weight
+    if not weights:
+        raise ValueError("data_root: names no folder")
+    # Largest remainders: whole numbers nearest to the weights that sum to BLOCK, ties to the folder named first.
+    exact = {path: BLOCK * weight / sum(weights.values()) for path, weight in weights.items()}
+    quotas = {path: math.floor(share) for path, share in exact.items()}
+    for path in sorted(exact, key=lambda path: quotas[path] - exact[path])[: BLOCK - sum(quotas.values())]:
+        quotas[path] += 1
+    if empty := [path for path, quota in quotas.items() if not quota]:
+        raise ValueError(
+            f"data_root: the weight of {empty[0]} comes to less than one window in {BLOCK}; raise it, or leave it out"
+        )
+    return quotas
+
+
+def open_streams(
+    data_root: str | Sequence[str], split: str, *, vocab_size: int, fingerprint: str | None = None
+) -> list["TokenStream"]:
+    """The streams of the folders that `data_root` names. Raises what `folder_quotas` and `TokenStream` raise."""
+    return [
+        TokenStream(folder, split, vocab_size=vocab_size, fingerprint=fingerprint, quota=quota)
+        for folder, quota in folder_quotas(data_root).items()
+    ]
+
 
 class TokenStream:
     """The shards of one split as one long sequence of ids, memory-mapped.
@@ -36,14 +83,23 @@ class TokenStream:
         split: "train" or "val".
         vocab_size: ids of the model; must be those of the folder.
         fingerprint: `Tokenizer.fingerprint` that the folder must have been written with; None skips that check.
+        quota: windows of every BLOCK that come from here.
 
     Raises:
         FileNotFoundError, ValueError: the folder is not prepared, does not fit, or is damaged; the message
             names the file and the cure.
     """
 
-    def __init__(self, data_root: str | Path, split: str, *, vocab_size: int, fingerprint: str | None = None):
-        self.root = Path(data_root)
+    def __init__(
+        self,
+        data_root: str | Path,
+        split: str,
+        *,
+        vocab_size: int,
+        fingerprint: str | None = None,
+        quota: int = BLOCK,
+    ):
+        self.root, self.quota = Path(data_root), quota
         path = self.root / MANIFEST
         prepare = f"`python load_fineweb_dataset.py --out_dir {self.root} --vocab_size {vocab_size}` prepares it"
         if not path.is_file():
@@ -157,11 +213,19 @@ def shuffled(index: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
     return value.astype(np.int64)
 
 
+def placed(number: np.ndarray, n: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs of n that places `number` in an endless sequence lie in, and what the epochs' shuffles put there."""
+    epoch, index = np.divmod(number, n)
+    for e in np.unique(epoch):
+        index[epoch == e] = shuffled(index[epoch == e], n, seed=seed, epoch=int(e))
+    return epoch, index
+
+
 class TrainWindows(Dataset):
     """Micro-step number -> its batch (x, y), each (B, T) int64, for one of `world_size` processes.
 
     Args:
-        stream: training tokens.
+        streams: training tokens, of one folder or of several whose quotas sum to BLOCK.
         seq_len: T.
         batch_size: B.
         accumulation: micro-steps in an optimizer step.
@@ -170,7 +234,7 @@ class TrainWindows(Dataset):
 
     def __init__(
         self,
-        stream: TokenStream,
+        streams: Sequence[TokenStream],
         *,
         seq_len: int,
         batch_size: int,
@@ -179,25 +243,49 @@ class TrainWindows(Dataset):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.stream, self.seq_len, self.batch_size = stream, seq_len, batch_size
+        self.streams, self.seq_len, self.batch_size = streams, seq_len, batch_size
         self.accumulation, self.seed, self.rank, self.world_size = accumulation, seed, rank, world_size
-        self.num_windows = (len(stream) - 1) // seq_len
-        if self.num_windows < 1:
-            raise ValueError(
-                f"{stream.root}: {len(stream)} training tokens do not fill one sequence of {seq_len} and its target; "
-                "prepare more data, or lower --model.max_seq_len"
-            )
+        self.num_windows = [(len(stream) - 1) // seq_len for stream in streams]
+        for stream, n in zip(streams, self.num_windows, strict=True):
+            if n < 1:
+                raise ValueError(
+                    f"{stream.root}: {len(stream)} training tokens do not fill one sequence of {seq_len} and its "
+                    "target; prepare more data, or lower --model.max_seq_len"
+                )
 
-    def windows(self, micro_step: int) -> np.ndarray:
-        """Numbers of the B windows that this process reads in a micro-step."""
+    def mixed(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Folders that the run's windows `number` come from, and their places in the folders' own endless sequences."""
+        if len(self.streams) == 1:
+            return np.zeros_like(number), number
+        quotas = np.array([stream.quota for stream in self.streams])
+        ends = quotas.cumsum()
+        block, slot = placed(number, BLOCK, seed=self.seed)
+        folder = np.searchsorted(ends, slot, side="right")
+        return folder, block * quotas[folder] + slot - (ends - quotas)[folder]
+
+    def windows(self, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Folders, and numbers within them, of the B windows that this process reads in a micro-step."""
         first = (micro_step * self.world_size + self.rank) * self.batch_size
-        epoch, index = np.divmod(np.arange(first, first + self.batch_size), self.num_windows)
-        return np.concatenate(
-            [shuffled(index[epoch == e], self.num_windows, seed=self.seed, epoch=int(e)) for e in np.unique(epoch)]
-        )
+        folder, window = self.mixed(np.arange(first, first + self.batch_size))
+        for k in np.unique(folder):
+            window[folder == k] = placed(window[folder == k], self.num_windows[k], seed=self.seed)[1]
+        return folder, window
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Each folder's share of the windows up to a step, by its path; of a single folder, nothing to tell."""
+        windows = step * self.batch_size * self.accumulation * self.world_size
+        if len(self.streams) == 1 or not windows:
+            return {}
+        whole = windows // BLOCK * BLOCK
+        rest = Counter(self.mixed(np.arange(whole, windows))[0].tolist())
+        counts = [whole // BLOCK * stream.quota + rest[k] for k, stream in enumerate(self.streams)]
+        return {str(stream.root): count / windows for stream, count in zip(self.streams, counts, strict=True)}
 
     def __getitem__(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [self.stream.read(w * self.seq_len, (w + 1) * self.seq_len + 1) for w in self.windows(micro_step)]
+        rows = [
+            self.streams[k].read(w * self.seq_len, (w + 1) * self.seq_len + 1)
+            for k, w in zip(*self.windows(micro_step), strict=True)
+        ]
         tokens = torch.from_numpy(np.stack(rows))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -217,19 +305,23 @@ class TrainWindows(Dataset):
             )
         )
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, int | list[int]]:
         """What must be the same for a resumed run to see the windows that the first would have seen."""
+        tokens, quotas = [len(stream) for stream in self.streams], [stream.quota for stream in self.streams]
+        mixture = {"training tokens": tokens, "quotas": quotas}  # by place: a folder may have moved meanwhile
         return {
             "seed": self.seed,
             "max_seq_len": self.seq_len,
             "total_batch_size": self.seq_len * self.batch_size * self.accumulation * self.world_size,
-            "training tokens": len(self.stream),
+            **(mixture if len(tokens) > 1 else {"training tokens": tokens[0]}),
         }
 
-    def check_state(self, saved: dict[str, int]) -> None:
+    def check_state(self, saved: dict) -> None:
         """Raises ValueError where a checkpoint's `state()` differs from this run's: its order cannot go on."""
         now = self.state()
-        different = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
+        different = [
+            f"{key} was {saved.get(key)}, is {now.get(key)}" for key in now | saved if saved.get(key) != now.get(key)
+        ]
         if different:
             raise ValueError(f"cannot resume with another order of the data: {'; '.join(different)}; restore these")
 
@@ -241,21 +333,32 @@ def _leave_interrupts_to_parent(worker: int) -> None:
 
 
 def validation_batches(
-    stream: TokenStream, *, seq_len: int, batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1
+    streams: Sequence[TokenStream],
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_tokens: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This process's share of the first max_tokens / T windows: batches (x, y), each (up to B, T) int64.
 
+    Of several folders, each has its quota of these windows, and one at least.
+
     Raises:
-        ValueError: the stream is shorter than one window.
+        ValueError: a stream is shorter than one window.
     """
-    num_windows = min((len(stream) - 1) // seq_len, max(1, max_tokens // seq_len))
-    if num_windows < 1:
-        raise ValueError(
-            f"{stream.root}: {len(stream)} validation tokens do not fill one sequence of {seq_len} and its target; "
-            "prepare the folder with a larger --shard_size, or lower --model.max_seq_len"
-        )
-    mine = range(rank, num_windows, world_size)
+    windows = []
+    for stream in streams:
+        num_windows = min((len(stream) - 1) // seq_len, max(1, max_tokens * stream.quota // BLOCK // seq_len))
+        if num_windows < 1:
+            raise ValueError(
+                f"{stream.root}: {len(stream)} validation tokens do not fill one sequence of {seq_len} and its target; "
+                "prepare the folder with a larger --shard_size, or lower --model.max_seq_len"
+            )
+        windows += [(stream, w) for w in range(num_windows)]
+    mine = windows[rank::world_size]
     for i in range(0, len(mine), batch_size):
-        rows = [stream.read(w * seq_len, (w + 1) * seq_len + 1) for w in mine[i : i + batch_size]]
+        rows = [stream.read(w * seq_len, (w + 1) * seq_len + 1) for stream, w in mine[i : i + batch_size]]
         tokens = torch.from_numpy(np.stack(rows))
         yield tokens[:, :-1], tokens[:, 1:]

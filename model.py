@@ -96,6 +96,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
+def document_positions(tokens: Tensor, bos_id: int) -> Tensor:
+    """Each token's place in its own document, (B, T): counted from the last `bos_id` at or before it, or from the
+    start of the row, where a document goes on that began before it."""
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    return index - torch.where(tokens == bos_id, index, 0).cummax(1).values
+
+
 class KVCache:
     """Keys and values of the positions seen so far, each (n_layers, B, S, G, K), allocated once.
 
@@ -147,15 +154,20 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cached: tuple[KVCache, Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cached: tuple[KVCache, Tensor] | None
+    ) -> Tensor:
         q = apply_rope(self.wq(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (B, T, H, K)
         k = apply_rope(self.wk(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (B, T, G, K)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
-        mask = None
         if cached is not None:
-            cache, positions, mask = cached
+            cache, positions = cached
             k, v = cache.update(self.layer, k, v, positions)  # (B, S, G, K)
-        # is_causal, not a mask, in training: a mask of our own would turn the flash kernels off. enable_gqa
+        elif mask is not None:
+            # CUDA's kernels that take a mask want as many key/value heads as heads, else they give way to one that
+            # holds all T x T scores (pytorch 139586).
+            k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+        # is_causal, not a mask, where documents need none: a mask of our own turns the flash kernels off. enable_gqa
         # lets H / G query heads share a key/value head without copying it.
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before positions
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -181,8 +193,10 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cached: tuple[KVCache, Tensor, Tensor] | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cached)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cached: tuple[KVCache, Tensor] | None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask, cached)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -218,34 +232,52 @@ class Transformer(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         cache: KVCache | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of `tokens` (B, T) int64; with `targets` (B, T), their scalar mean loss in nats instead.
 
-        Targets of -100 do not count. With `cache`, the tokens follow the `start` (B,) int64 positions that each row
-        already holds there (None: none).
+        Targets of -100 do not count. With `positions` (B, T), from `document_positions`, each document in a row is on
+        its own: attention does not leave it, and its rotations begin at 0, as in Llama 3's training (section 3.2).
+        With `cache`, the tokens follow the `start` (B,) int64 positions that each row already holds there (None: none).
+
+        Raises:
+            ValueError: more tokens than max_seq_len; or both positions and a cache, which counts its own.
         """
-        x = self.hidden(tokens, cache=cache, start=start)
+        x = self.hidden(tokens, positions=positions, cache=cache, start=start)
         return self.output(x) if targets is None else self.loss(x, targets)
 
-    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, start: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """The residual stream behind the last block, (B, T, D), normalised: what the output layer reads."""
         T = tokens.shape[1]
-        if cache is None:
-            if tokens.shape[1] > self.config.max_seq_len:
-                raise ValueError(f"{T} tokens exceed max_seq_len={self.config.max_seq_len}")
-            cached, rope = None, (self.rope_cos[:T, None], self.rope_sin[:T, None])  # (T, 1, K / 2)
-        else:
+        mask, cached = None, None
+        if cache is not None:
+            if positions is not None:
+                raise ValueError("positions: a cache counts its own, and holds one document a row; pass one of the two")
             positions = torch.arange(T, device=tokens.device).expand_as(tokens)
             if start is not None:
                 positions = positions + start[:, None]
-            mask = cache.extend(positions)
-            cached = (cache, positions, mask)
+            mask, cached = cache.extend(positions), (cache, positions)
+        elif tokens.shape[1] > self.config.max_seq_len:
+            raise ValueError(f"{T} tokens exceed max_seq_len={self.config.max_seq_len}")
+        elif positions is not None:
+            document = (positions == 0).cumsum(1)  # (B, T), numbered in each row
+            mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # (B, 1, T, T)
+        if positions is None:
+            rope = (self.rope_cos[:T, None], self.rope_sin[:T, None])  # (T, 1, K / 2)
+        else:
             rope = (self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None])  # (B, T, 1, K / 2)
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
-            x = layer(x, rope, cached)
+            x = layer(x, rope, mask, cached)
         return self.norm(x)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:

@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag_utils
-from dataloaders import TokenStream, TrainWindows, validation_batches
+from dataloaders import BLOCK, TokenStream, TrainWindows, folder_quotas, open_streams, validation_batches
 from files import atomic_write, is_prepared
 from generate import complete
 from load_fineweb_dataset import prepare
 from load_hellaswag_dataset import write_sample
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, document_positions
 from model_utils import (
     MetricsLog,
     Process,
@@ -67,9 +67,10 @@ from tokenizer import VOCAB_SIZES, Tokenizer
 @dataclass
 class Config:
     # Data
-    data_root: str = "data/fineweb-edu-10BT"  # folder that load_fineweb_dataset.py prepared
+    data_root: str | tuple[str, ...] = "data/fineweb-edu-10BT"  # prepared folder; or several to mix, as path:weight
     hellaswag_path: str = "data/hellaswag/hellaswag_val.jsonl"  # file that load_hellaswag_dataset.py fetched
     out_dir: str = "runs/llama3"  # folder of this run: metrics, samples, checkpoints
+    document_mask: bool = False  # attention stays within a document, as Llama 3 was trained; slower on long sequences
 
     # Batch and length of the run
     total_batch_size: int = 524_288  # tokens an optimizer step, over all processes; 2^19, as GPT-3 Small had
@@ -222,9 +223,14 @@ def read_config(args: list[str]) -> Config:
     errors = []
     data_given = cfg.data_root == sample.data_root  # the two configurations differ in it, unless a flag set it
     hellaswag_given = cfg.hellaswag_path == sample.hellaswag_path
-    if not is_prepared(cfg.data_root):
+    missing = []
+    try:
+        missing = [folder for folder in folder_quotas(cfg.data_root) if not is_prepared(folder)]
+    except ValueError as error:
+        errors.append(str(error))
+    if missing:
         if data_given:
-            errors.append(f"data_root={cfg.data_root}: not a prepared folder; load_fineweb_dataset.py makes one")
+            errors += [f"data_root={m}: not a prepared folder; load_fineweb_dataset.py makes one" for m in missing]
         else:
             if is_main_process():
                 print(f"{cfg.data_root} is not prepared: `python load_fineweb_dataset.py` prepares 10 billion tokens.")
@@ -246,7 +252,9 @@ def read_config(args: list[str]) -> Config:
 
 def prepare_sample(cfg: Config) -> None:
     """Write the sample's files where the sample is asked for and they are not there."""
-    if cfg.data_root == SAMPLE.data_root and not is_prepared(cfg.data_root):
+    if cfg.data_root != SAMPLE.data_root:
+        return
+    if not is_prepared(cfg.data_root):
         prepare(["sample"], cfg.data_root, vocab_size=cfg.model.vocab_size)
     if cfg.hellaswag_path == SAMPLE.hellaswag_path and not Path(cfg.hellaswag_path).is_file():
         write_sample(cfg.data_root, cfg.hellaswag_path, cfg.model.vocab_size)
@@ -265,19 +273,28 @@ def open_run_folder(cfg: Config) -> None:
 
 
 @torch.no_grad()
-def validate(model: Transformer, stream: TokenStream, byte_lengths: Tensor, cfg: Config, process: Process) -> dict:
+def validate(
+    model: Transformer,
+    streams: list[TokenStream],
+    tokenizer: Tokenizer,
+    byte_lengths: Tensor,
+    cfg: Config,
+    process: Process,
+) -> dict:
     """Mean loss in nats a token, and bits a byte of text, which compares across vocabularies. The bits of control
     tokens count, though they have no bytes."""
     sums = [0.0, 0.0, 0.0]  # nats, tokens, bytes
     for x, y in validation_batches(
-        stream,
+        streams,
         seq_len=cfg.model.max_seq_len,
         batch_size=max(1, cfg.batch_size // 4),  # uncompiled, the logits are held three times over
         max_tokens=cfg.val_tokens,
         rank=process.rank,
         world_size=process.world_size,
     ):
-        loss = model(x.to(process.device), y.to(process.device))
+        x = x.to(process.device)
+        positions = document_positions(x, tokenizer.bos_id) if cfg.document_mask else None
+        loss = model(x, y.to(process.device), positions=positions)
         batch = (loss.item() * y.numel(), y.numel(), byte_lengths[y].sum().item())
         sums = [a + b for a, b in zip(sums, batch, strict=True)]
     nats, tokens, text_bytes = sum_over_processes(sums, process.device)
@@ -295,15 +312,15 @@ def train(cfg: Config, process: Process) -> int:
     for prompt in cfg.prompts if cfg.generate_every else ():
         if (n := len(tokenizer.encode(prompt, bos=True))) >= cfg.model.max_seq_len:
             raise ValueError(f"prompts={prompt!r}: its {n} tokens fill model.max_seq_len={cfg.model.max_seq_len}")
-    train_stream, val_stream = (
-        TokenStream(cfg.data_root, split, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    train_streams, val_streams = (
+        open_streams(cfg.data_root, split, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
         for split in ("train", "val")
     )
     byte_lengths = torch.from_numpy(tokenizer.token_byte_lengths())
     tokens_per_micro_step = cfg.batch_size * cfg.model.max_seq_len * process.world_size
     accumulation = cfg.total_batch_size // tokens_per_micro_step
     windows = TrainWindows(
-        train_stream,
+        train_streams,
         seq_len=cfg.model.max_seq_len,
         batch_size=cfg.batch_size,
         accumulation=accumulation,
@@ -360,9 +377,11 @@ def train(cfg: Config, process: Process) -> int:
     metrics = MetricsLog(out_dir, wandb_run, process.is_main, last_step=start_step if saved else -1)
     peak = process.world_size * peak_flops(device, torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32)
     flops = flops_per_token(model)
+    tokens = cfg.max_steps * cfg.total_batch_size
+    epochs = [f"{tokens * s.quota / BLOCK / len(s):.2f} epochs of {len(s):,} tokens" for s in train_streams]
     process.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {cfg.max_steps:,} steps, "
-        f"{cfg.max_steps * cfg.total_batch_size / len(train_stream):.2f} epochs of {len(train_stream):,} tokens; "
+        f"{' + '.join(epochs)}; "
         f"a step is {cfg.total_batch_size:,} tokens = {process.world_size} x {device} x {accumulation} micro-steps x "
         f"{cfg.batch_size} x {cfg.model.max_seq_len}; peak {peak / 1e12:.2f} TFLOP/s"
     )
@@ -373,12 +392,15 @@ def train(cfg: Config, process: Process) -> int:
         with torch.compiler.set_stance("force_eager"):  # shapes of their own, not worth compiling
             if val:
                 with autocast:
-                    row = validate(model, val_stream, byte_lengths, cfg, process)
+                    row = validate(model, val_streams, tokenizer, byte_lengths, cfg, process)
                 if not math.isfinite(row["val_loss"]):
                     raise ValueError(not_finite(f"step {step}: the validation loss", out_dir))
-                metrics.write({"step": step, "tokens": step * cfg.total_batch_size, **row})
+                shares = windows.shares(step)
+                mixture = {"data_shares": shares} if shares else {}
+                metrics.write({"step": step, "tokens": step * cfg.total_batch_size, **row, **mixture})
                 process.print(
                     f"step {step:>6}  validation {row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte"
+                    + "".join(f", {share:.1%} of {folder}" for folder, share in shares.items())
                 )
                 figures |= row
             if hellaswag:
@@ -425,8 +447,9 @@ def train(cfg: Config, process: Process) -> int:
             x, y = (t.to(device, non_blocking=True) for t in next(batches))
             # DDP decides in the forward pass whether the backward pass will send gradients: once a step is enough.
             ddp.require_backward_grad_sync = micro_step == accumulation - 1
+            positions = document_positions(x, tokenizer.bos_id) if cfg.document_mask else None
             with autocast:
-                loss = ddp(x, y)
+                loss = ddp(x, y, positions=positions)
             (loss / accumulation).backward()
             mean_loss += loss.detach() / accumulation
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -521,15 +544,14 @@ def not_finite(what: str, out_dir: Path) -> str:
 
 
 def load_checkpoint_to_resume(path: Path, cfg: Config, device: torch.device) -> dict:
-    """Raises ValueError where the checkpoint is not one of a run with this model and optimizer."""
+    """Raises ValueError where the checkpoint is not one of a run with this model, optimizer and masking."""
     checkpoint = load_checkpoint(path, device)
     parts = {"step", "model", "optimizers", "config", "data", "random_state", "best_val_loss", "run_id"}
     if missing := parts - checkpoint.keys():
         raise ValueError(f"{path}: holds a model but no run to resume ({', '.join(sorted(missing))} missing)")
     was, now = checkpoint["config"], config_as_dict(cfg)
-    different = (
-        [f"optimizer was {was['optimizer']}, is {now['optimizer']}"] if was["optimizer"] != cfg.optimizer else []
-    )
+    was = {"document_mask": False} | was  # older runs had none
+    different = [f"{k} was {was[k]}, is {now[k]}" for k in ("optimizer", "document_mask") if was[k] != now[k]]
     different += [
         f"model.{k} was {was['model'].get(k)}, is {v}" for k, v in now["model"].items() if was["model"].get(k) != v
     ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dataloaders
-from dataloaders import TokenStream, TrainWindows, shuffled, validation_batches
+from dataloaders import TokenStream, TrainWindows, folder_quotas, open_streams, shuffled, validation_batches
 from load_fineweb_dataset import prepare
 from tokenizer import Tokenizer
 
@@ -16,10 +16,10 @@ VOCAB = 4096  # uint16
 FINGERPRINT = "a tokenizer's"
 
 
-def write_folder(root, *, train=(100, 100, 57), val=(61,), vocab_size=VOCAB, dtype="uint16"):
-    """A prepared folder written by hand, token ids 0, 1, 2, ...: a training token's id is its stream position."""
+def write_folder(root, *, train=(100, 100, 57), val=(61,), vocab_size=VOCAB, dtype="uint16", first=0):
+    """A prepared folder written by hand, token ids first + 0, 1, 2, ...: a training token's id tells its position."""
     root.mkdir(parents=True, exist_ok=True)
-    shards, position = [], {"val": 0, "train": 0}
+    shards, position = [], {"val": first, "train": first}
     for index, (split, tokens) in enumerate([("val", n) for n in val] + [("train", n) for n in train]):
         name = f"edufineweb_{split}_{index:06d}.npy"
         np.save(root / name, np.arange(position[split], position[split] + tokens).astype(dtype))
@@ -149,7 +149,7 @@ WINDOWS, PER_STEP = 32, 12
 def make_windows(stream, *, world_size=1, rank=0, batch_size=3, accumulation=None, seed=7, seq_len=T):
     accumulation = accumulation or PER_STEP // (batch_size * world_size)
     return TrainWindows(
-        stream,
+        stream if isinstance(stream, list) else [stream],
         seq_len=seq_len,
         batch_size=batch_size,
         accumulation=accumulation,
@@ -187,6 +187,30 @@ def test_a_run_resumes_at_any_step_with_any_number_of_processes(stream, world_si
         assert consumed(stream, world_size, batch_size, start, 9) == whole[start:]
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_tokens_are_the_same_while_a_run_goes_on_with_1_2_4_and_3_processes(stream, tmp_path, mixed):
+    """60 steps of 12 windows, over shard borders, the ends of epochs, a short last shard and, mixed, of folders."""
+    streams = mixture(tmp_path) if mixed else [stream]
+    expected = [make_windows(streams, batch_size=1)[i] for i in range(60 * PER_STEP)]
+    start, seen, saved = 0, [], None
+    for world_size, batch_size in [(1, 3), (2, 3), (4, 1), (3, 2)]:
+        ranks = [make_windows(streams, world_size=world_size, rank=r, batch_size=batch_size) for r in range(world_size)]
+        if saved:
+            ranks[0].check_state(saved)
+        saved = json.loads(json.dumps(ranks[0].state()))
+        shares = [list(r.batches(start, start + 15, torch.device("cpu"))) for r in ranks]
+        seen += [batch for micro in zip(*shares, strict=True) for batch in micro]
+        start += 15
+    for side in (0, 1):
+        assert torch.equal(torch.cat([b[side] for b in seen]), torch.cat([b[side] for b in expected]))
+    if not mixed:  # 22 epochs, each with every window once; mixed, they end inside of blocks: see below
+        ids = stream.read(0, len(stream))
+        whole = sorted(tuple(ids[i * T : (i + 1) * T].tolist()) for i in range(WINDOWS))
+        rows = [tuple(x.tolist()) for xs, _ in seen for x in xs]
+        for i in range(0, len(rows) - WINDOWS + 1, WINDOWS):
+            assert sorted(rows[i : i + WINDOWS]) == whole
+
+
 def test_batches_of_several_steps_are_those_of_the_steps(stream):
     windows = make_windows(stream)
     together = list(windows.batches(2, 6, torch.device("cpu")))
@@ -207,19 +231,19 @@ def test_an_epoch_has_every_window_once_also_where_a_batch_spans_two_epochs(stre
 def test_a_batch_larger_than_the_corpus_spans_several_epochs(tmp_path):
     stream = open_stream(write_folder(tmp_path, train=(5 * T + 1,)))
     windows = make_windows(stream, batch_size=23, accumulation=1)
-    order = np.concatenate([windows.windows(i) for i in range(5)])  # 115 windows: 23 epochs of 5
+    order = np.concatenate([windows.windows(i)[1] for i in range(5)])  # 115 windows: 23 epochs of 5
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in order.reshape(23, 5).tolist())
 
 
 def test_another_seed_is_another_order(stream):
-    orders = {tuple(np.concatenate([make_windows(stream, seed=s).windows(i) for i in range(10)])) for s in range(10)}
+    orders = {tuple(np.concatenate([make_windows(stream, seed=s).windows(i)[1] for i in range(10)])) for s in range(10)}
     assert len(orders) == 10
 
 
 def test_targets_are_the_inputs_shifted_by_one_and_both_are_the_stream(stream):
     ids = stream.read(0, len(stream))
     windows = make_windows(stream)
-    numbers = np.concatenate([windows.windows(i) for i in range(11)])
+    numbers = np.concatenate([windows.windows(i)[1] for i in range(11)])
     batches = [windows[i] for i in range(11)]
     for x, y in batches:
         assert x.shape == y.shape == (3, T)
@@ -253,11 +277,121 @@ def test_loader_processes_deliver_the_same_batches_in_the_same_order(stream):
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(there, here, strict=True))
 
 
+# ---------------------------------------------------------------- several folders
+
+
+def mixture(tmp_path, weights=(0.7, 0.3)):
+    """Two folders, of 32 and of 11 windows of 8; ids of the second begin at 1024, the first's end before."""
+    write_folder(tmp_path / "a")
+    write_folder(tmp_path / "b", train=(50, 43), val=(200,), first=1024)
+    words = [f"{tmp_path / name}:{weight}" for name, weight in zip("ab", weights, strict=True)]
+    return open_streams(words, "train", vocab_size=VOCAB, fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    ("words", "quotas"),
+    [
+        ("a", {"a": 1000}),
+        ("a:0.2", {"a": 1000}),
+        (["a:0.7", "b:0.3"], {"a": 700, "b": 300}),
+        (["a:2", "b"], {"a": 667, "b": 333}),
+        (["a", "b", "c"], {"a": 334, "b": 333, "c": 333}),
+        (["a:1e-3", "b"], {"a": 1, "b": 999}),
+        (["C:\\x", "C:\\y:3"], {"C:\\x": 250, "C:\\y": 750}),
+        (["a:b:3", "a:b:c"], {"a:b": 750, "a:b:c": 250}),
+        (["a:nan", "b:-1"], {"a:nan": 500, "b:-1": 500}),
+    ],
+)
+def test_weights_become_whole_numbers_of_every_thousand_windows(words, quotas):
+    assert folder_quotas(words) == quotas
+    assert folder_quotas(json.loads(json.dumps(words))) == quotas  # as a checkpoint's configuration has them
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "names no folder"),
+        (["a", "b", "a:2"], "names a twice"),
+        (["a", "./a/"], "twice"),
+        (["a:1e-9", "b"], "weight of a comes to less"),
+    ],
+)
+def test_mixtures_that_cannot_be_honoured_are_refused(words, message):
+    with pytest.raises(ValueError, match=f"data_root: .*{message}"):
+        folder_quotas(words)
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1, 999), (1, 1)])
+def test_every_thousand_windows_hold_the_quotas_and_every_epoch_each_window_once(tmp_path, weights):
+    windows = make_windows(mixture(tmp_path, weights), batch_size=1000, accumulation=1)
+    quota = round(1000 * weights[0] / sum(weights))
+    blocks = [windows.windows(i) for i in range(5)]
+    assert [int((folder == 0).sum()) for folder, _ in blocks] == [quota] * 5
+    assert len({tuple(folder) for folder, _ in blocks}) == 5  # each block has its own shuffle
+    for k, length, of_block in ((0, 32, quota), (1, 11, 1000 - quota)):
+        # Blocks permute a folder's places within themselves, so whole blocks have whole epochs and the same rests.
+        seen = np.concatenate([window[folder == k] for folder, window in blocks])
+        alone = make_windows(windows.streams[k], batch_size=5 * of_block, accumulation=1).windows(0)[1]
+        assert sorted(seen.tolist()) == sorted(alone.tolist())
+        counts = np.bincount(seen, minlength=length)
+        assert counts.sum() == 5 * of_block and counts.max() - counts.min() <= 1
+
+
+def test_shares_are_those_of_the_windows_so_far(tmp_path):
+    windows = make_windows(mixture(tmp_path), batch_size=12)
+    assert windows.shares(0) == {}
+    assert make_windows(windows.streams[0]).shares(5) == {}
+    folders = np.concatenate([windows.windows(i)[0] for i in range(100)])
+    for step in (1, 2, 83, 84, 100):  # a block ends in step 84
+        share = float((folders[: step * PER_STEP] == 0).mean())
+        expected = {str(tmp_path / "a"): share, str(tmp_path / "b"): 1 - share}
+        assert windows.shares(step) == pytest.approx(expected)
+    assert windows.shares(250) == pytest.approx({str(tmp_path / "a"): 0.7, str(tmp_path / "b"): 0.3})
+
+
+def test_another_mixture_is_refused_by_name(tmp_path, stream):
+    saved = json.loads(json.dumps(make_windows(mixture(tmp_path)).state()))
+    make_windows(mixture(tmp_path), batch_size=1).check_state(saved)
+    with pytest.raises(ValueError, match=r"quotas was \[700, 300\], is \[600, 400\]; restore"):
+        make_windows(mixture(tmp_path, (0.6, 0.4))).check_state(saved)
+    with pytest.raises(ValueError, match=r"training tokens was \[257, 93\], is 257; quotas was \[700, 300\], is None"):
+        make_windows(stream).check_state(saved)
+    with pytest.raises(ValueError, match=r"quotas was None, is \[700, 300\]"):
+        make_windows(mixture(tmp_path)).check_state(make_windows(stream).state())
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"), [({"vocab_size": 512}, "vocabulary of 512"), ({"tokenizer_fingerprint": "x"}, "tokenizer")]
+)
+def test_a_folder_of_another_vocabulary_or_tokenizer_is_named(tmp_path, fields, words):
+    mixture(tmp_path)
+    change_manifest(tmp_path / "b", **fields)
+    with pytest.raises(ValueError, match=words) as error:
+        open_streams([str(tmp_path / "a"), str(tmp_path / "b")], "train", vocab_size=VOCAB, fingerprint=FINGERPRINT)
+    assert str(error.value).startswith(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(("max_tokens", "counts"), [(10 * T, (5, 5)), (4 * T, (2, 2)), (1, (1, 1)), (10**6, (7, 24))])
+def test_validation_windows_are_allotted_by_weight(tmp_path, max_tokens, counts):
+    mixture(tmp_path)
+    words = [str(tmp_path / "a"), str(tmp_path / "b")]
+    streams = open_streams(words, "val", vocab_size=VOCAB, fingerprint=FINGERPRINT)
+    for world_size in (1, 3):
+        shares = [
+            validation_batches(
+                streams, seq_len=T, batch_size=4, max_tokens=max_tokens, rank=rank, world_size=world_size
+            )
+            for rank in range(world_size)
+        ]
+        firsts = sorted(int(row[0]) for share in shares for x, _ in share for row in x)
+        assert firsts == [i * T for i in range(counts[0])] + [1024 + i * T for i in range(counts[1])]
+
+
 # ---------------------------------------------------------------- validation batches
 
 
 def validation_windows(stream, **kwargs):
-    batches = list(validation_batches(stream, **kwargs))
+    batches = list(validation_batches([stream], **kwargs))
     assert all(torch.equal(x[:, 1:], y[:, :-1]) and x.dtype == y.dtype == torch.int64 for x, y in batches)
     assert all(len(x) <= kwargs["batch_size"] for x, _ in batches)
     return [(tuple(x.tolist()), int(y[-1])) for xs, ys in batches for x, y in zip(xs, ys, strict=True)]
@@ -463,7 +597,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_at_reading_where_the_start_did_n
 
 def test_too_few_training_tokens_are_refused(tmp_path):
     windows = make_windows(open_stream(write_folder(tmp_path / "enough", train=(T + 1,))))
-    assert windows.num_windows == 1
+    assert windows.num_windows == [1]
     assert windows[0][1].tolist() == [list(range(1, T + 1))] * 3
     with pytest.raises(ValueError, match=f"{T} training tokens .*prepare more data") as error:
         make_windows(open_stream(write_folder(tmp_path / "few", train=(T,))))
@@ -473,10 +607,10 @@ def test_too_few_training_tokens_are_refused(tmp_path):
 def test_too_few_validation_tokens_are_refused(tmp_path):
     kwargs = {"seq_len": T, "batch_size": 2, "max_tokens": 1000}
     enough = open_stream(write_folder(tmp_path / "enough", val=(T + 1,)), "val")
-    assert len(list(validation_batches(enough, **kwargs))) == 1
+    assert len(list(validation_batches([enough], **kwargs))) == 1
     few = open_stream(write_folder(tmp_path / "few", val=(T,)), "val")
     with pytest.raises(ValueError, match=f"{T} validation tokens .*--shard_size") as error:
-        list(validation_batches(few, **kwargs))
+        list(validation_batches([few], **kwargs))
     assert str(tmp_path / "few") in str(error.value)
 
 

@@ -1,5 +1,6 @@
 """The model against Hugging Face's Llama with the same weights, against published counts, and against itself."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from model import KVCache, ModelConfig, Transformer, apply_rope, rope_tables
+from model import KVCache, ModelConfig, Transformer, apply_rope, document_positions, rope_tables
 
 TINY = {
     "dim": 32,
@@ -288,6 +289,111 @@ def test_more_tokens_than_positions_are_refused():
     assert model(random_tokens(1, 64)).shape == (1, 64, 101)
     with pytest.raises(ValueError, match=r"65 .*max_seq_len=64"):
         model(random_tokens(1, 65))
+
+
+# ---------------------------------------------------------------- documents in one row
+
+BOS = 100
+LENGTHS = [
+    (7, 20, 1, 12),
+    (40,),
+    (1, 1, 38),
+]  # of the documents of three rows of 40; the first row begins inside of one
+
+
+def packed(seed=1):
+    """Rows of documents, each behind a BOS but the first, whose beginning the window cut off."""
+    tokens = random_tokens(3, 40, vocab_size=BOS, seed=seed)
+    for row, lengths in zip(tokens, LENGTHS, strict=True):
+        row[list(itertools.accumulate(lengths))[:-1]] = BOS
+    tokens[1:, 0] = BOS
+    return tokens
+
+
+def documents():
+    """(row, slice) of every document of `packed`."""
+    for row, lengths in enumerate(LENGTHS):
+        for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
+            yield row, slice(end - length, end)
+
+
+def test_positions_count_from_each_documents_beginning():
+    positions = document_positions(packed(), BOS)
+    assert positions.tolist() == [[i for length in lengths for i in range(length)] for lengths in LENGTHS]
+    assert document_positions(torch.full((1, 5), 7), BOS).tolist() == [[0, 1, 2, 3, 4]]
+    assert document_positions(torch.full((1, 5), BOS), BOS).tolist() == [[0] * 5]
+
+
+@pytest.mark.parametrize("name", ["as many key/value heads as heads", "eight heads, two groups", "rope scaled by 8"])
+def test_packed_documents_have_the_logits_loss_and_gradients_of_each_one_alone(name):
+    model, tokens = random_model(**CONFIGS[name]), packed()
+    targets = random_tokens(3, 40, seed=2)
+    targets[0, 3:9] = -100
+    with torch.no_grad():
+        logits = model(tokens, positions=document_positions(tokens, BOS))
+        for row, place in documents():
+            assert_close(logits[row, place], model(tokens[row, place][None])[0], 1e-5)
+        assert (logits - model(tokens)).abs().max() > 0.1  # without positions they see each other
+    packed_loss = model(tokens, targets, positions=document_positions(tokens, BOS))
+    packed_loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    counted, alone = (targets != -100).sum(), 0
+    for row, place in documents():
+        if n := (targets[row, place] != -100).sum():
+            alone = alone + model(tokens[row, place][None], targets[row, place][None]) * n / counted
+    alone.backward()
+    assert_close(packed_loss, alone, 1e-5)
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        assert_close(gradient, parameter.grad, 1e-5)
+
+
+def test_rotations_begin_anew_with_each_document():
+    """Attention sees distances alone, so logits would not tell; the tables beyond the longest document do."""
+    model, tokens = random_model(), packed()[:1]
+    with torch.no_grad():
+        logits = model(tokens, positions=document_positions(tokens, BOS))
+        model.rope_cos[20:] = math.nan
+        assert torch.equal(model(tokens, positions=document_positions(tokens, BOS)), logits)
+
+
+def test_changing_a_document_changes_no_bit_of_the_others():
+    model, tokens = random_model(), packed()
+    with torch.no_grad():
+        logits = model(tokens, positions=document_positions(tokens, BOS))
+        for row, place in documents():
+            other = tokens.clone()
+            last = other[row, place.stop - 1]
+            other[row, place] = torch.where(other[row, place] == BOS, BOS, (other[row, place] + 1) % BOS)
+            if last == BOS:
+                continue  # a document of nothing else
+            changed = (model(other, positions=document_positions(other, BOS)) != logits).any(-1)
+            assert changed[row, place.stop - 1]
+            changed[row, place] = False
+            assert not changed.any()
+
+
+def test_packed_documents_have_hugging_faces_logits_and_gradients():
+    model, tokens, targets = random_model(), packed(), random_tokens(3, 40, seed=2)
+    twin, positions = hf_twin(model), document_positions(tokens, BOS)
+    seen = torch.zeros(3, 1, 40, 40, dtype=torch.bool)
+    for row, place in documents():
+        seen[row, 0, place, place] = torch.ones(place.stop - place.start, place.stop - place.start).tril().bool()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
+    there = twin(tokens, position_ids=positions, attention_mask=mask, labels=targets, shift_labels=targets)
+    assert_close(model(tokens, positions=positions), there.logits)
+    model(tokens, targets, positions=positions).backward()
+    there.loss.backward()
+    gradients = under_hf_names({name: p.grad for name, p in model.named_parameters()}, model.config)
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_positions_and_a_cache_are_refused_together():
+    model, tokens = random_model(), packed()
+    cache = KVCache(model.config, 3, 40, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="positions: a cache counts its own"):
+        model(tokens, positions=document_positions(tokens, BOS), cache=cache)
 
 
 # ---------------------------------------------------------------- key/value cache
@@ -618,6 +724,30 @@ def test_a_multiplier_that_leaves_no_feed_forward_or_an_endless_one_is_refused(m
 
 
 # ---------------------------------------------------------------- compiled
+
+
+@pytest.mark.slow
+def test_compiled_blocks_see_documents_as_uncompiled_ones_and_are_compiled_once():
+    model, twin = random_model(), random_model()
+    torch._dynamo.reset()
+    model.compile_blocks()
+    for seed in range(3):
+        tokens, targets = packed(seed), random_tokens(3, 40, seed=seed + 5)
+        tokens[0, 5 * seed + 5] = BOS  # other borders each time
+        stance = "default" if seed == 0 else "fail_on_recompile"
+        losses = []
+        for each in (model, twin):
+            each.zero_grad(set_to_none=True)
+            with torch.compiler.set_stance(stance):
+                losses.append(each(tokens, targets, positions=document_positions(tokens, BOS)))
+            losses[-1].backward()
+        assert_close(losses[0], losses[1], 1e-5)
+        for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-5, msg=name)
+    graphs = torch._dynamo.explain(twin.layers[0].forward)(
+        torch.randn(3, 40, 32), tuple(torch.randn(3, 40, 1, 4) for _ in "cs"), torch.ones(3, 1, 40, 40) > 0, None
+    )
+    assert graphs.graph_break_count == 0
 
 
 @pytest.mark.slow

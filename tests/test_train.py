@@ -457,6 +457,61 @@ def test_muon_resumes_with_the_bits_of_the_uninterrupted_run(flags_for, tmp_path
     assert len(checkpoint_of(out_dir, STEPS)["optimizers"]) == 2
 
 
+def write_corpus(folder: Path, seed: int) -> Path:
+    """A prepared folder of 300 documents of about 30 tokens, several to a window."""
+    folder.mkdir()
+    draw = random.Random(seed)
+    with open(folder / "texts.jsonl", "w") as file:
+        for _ in range(300):
+            file.write(json.dumps({"text": " ".join(draw.choices(["one", "two", "three", "four"], k=14))}) + "\n")
+    prepare([str(folder / "texts.jsonl")], folder / "prepared", vocab_size=VOCAB, show_progress=False)
+    return folder / "prepared"
+
+
+def test_run_with_masked_documents_differs_and_resumes_with_the_bits_of_the_uninterrupted(flags_for, tmp_path):
+    root = write_corpus(tmp_path / "corpus", seed=0)
+    fields = {"data_root": root, "max_steps": 6, "save_every": 3}
+    for masked in (True, False):
+        result = train_here(flags_for(tmp_path / str(masked), document_mask=masked, **fields))
+        assert result.status == 0, result.err
+    for field, step in (("val_loss", 0), ("train_loss", 1)):  # the same weights; only what attention sees differs
+        [[loss], [other]] = (
+            [row[field] for row in rows_of(tmp_path / name, field) if row["step"] == step] for name in ("True", "False")
+        )
+        assert abs(loss - other) > 1e-5, field
+    out_dir = copy_checkpoint(tmp_path / "True", 3, tmp_path / "run")
+    result = train_here(flags_for(out_dir, resume=True, document_mask=True, **fields))
+    assert result.status == 0, result.err
+    assert_same_bits(out_dir, tmp_path / "True", first_step=4, last_step=6)
+
+
+def test_two_folders_are_mixed_resumed_and_their_shares_recorded(flags_for, tmp_path):
+    roots = [write_corpus(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    mixed = {"data_root": [f"{roots[0]}:0.75", f"{roots[1]}:0.25"], "max_steps": 6, "val_every": 3, "save_every": 3}
+    result = train_here(flags_for(tmp_path / "whole", **mixed))
+    assert result.status == 0, result.err
+    assert re.search(r"[\d.]+ epochs of [\d,]+ tokens \+ [\d.]+ epochs of", result.out)
+    shares = {row["step"]: row["data_shares"] for row in rows_of(tmp_path / "whole", "data_shares")}
+    assert list(shares) == [3, 6]
+    for share in shares.values():
+        assert list(share) == [str(root) for root in roots] and sum(share.values()) == pytest.approx(1)
+        assert 0.5 < share[str(roots[0])] < 0.95
+    assert f"{shares[6][str(roots[1])]:.1%} of {roots[1]}" in result.out
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    assert config["data_root"] == checkpoint_of(tmp_path / "whole", 3)["config"]["data_root"] == mixed["data_root"]
+
+    out_dir = copy_checkpoint(tmp_path / "whole", 3, tmp_path / "run")
+    result = train_here(flags_for(out_dir, resume=True, **mixed))
+    assert result.status == 0, result.err
+    assert_same_bits(out_dir, tmp_path / "whole", first_step=4, last_step=6)
+    assert rows_of(out_dir, "data_shares")[-1]["data_shares"] == shares[6]
+    other_weights = mixed | {"data_root": [f"{roots[0]}:0.5", f"{roots[1]}:0.25"]}
+    result = train_here(flags_for(out_dir, resume=True, **other_weights))
+    assert_refused(result, "quotas was [750, 250], is [667, 333]")
+    result = train_here(flags_for(out_dir, resume=True, **mixed | {"data_root": roots[0]}))
+    assert_refused(result, "training tokens was [", "quotas was [750, 250], is None")
+
+
 def test_sigterm_saves_and_the_resumed_run_has_the_bits_of_the_uninterrupted_one(whole, whole_flags, tmp_path):
     [result] = launch(driver(tmp_path / "driver", SIGTERM_AT_13), whole_flags(tmp_path / "run"), ranks=1)
     assert result.status == 128 + signal.SIGTERM, result
@@ -610,7 +665,7 @@ def test_checkpoint_of_a_step_is_the_model_that_was_validated_behind_it(whole, t
     assert checkpoint["step"] == 10
     stream = TokenStream(tiny_corpus, "val", vocab_size=VOCAB)
     with torch.inference_mode():
-        losses = [model(x, y) for x, y in validation_batches(stream, seq_len=32, batch_size=1, max_tokens=512)]
+        losses = [model(x, y) for x, y in validation_batches([stream], seq_len=32, batch_size=1, max_tokens=512)]
     [row] = [row for row in rows_of(whole, "val_loss") if row["step"] == 10]
     assert torch.stack(losses).mean().item() == pytest.approx(row["val_loss"], abs=1e-5)
     assert len(losses) == 512 // 32
@@ -620,7 +675,7 @@ def test_bits_per_byte_is_the_loss_over_the_bytes_of_its_text(whole, tiny_corpus
     stream = TokenStream(tiny_corpus, "val", vocab_size=VOCAB)
     lengths = torch.from_numpy(train.Tokenizer(vocab_size=VOCAB).token_byte_lengths())
     text_bytes = sum(
-        lengths[y].sum().item() for _, y in validation_batches(stream, seq_len=32, batch_size=1, max_tokens=512)
+        lengths[y].sum().item() for _, y in validation_batches([stream], seq_len=32, batch_size=1, max_tokens=512)
     )
     row = rows_of(whole, "val_loss")[-1]
     assert row["val_bpb"] == pytest.approx(row["val_loss"] * 512 / math.log(2) / text_bytes)
@@ -792,7 +847,12 @@ def test_data_root_given_by_flag_is_never_replaced_by_the_sample(flags_for, tmp_
     for missing in ("elsewhere", "data/fineweb-edu-10BT"):  # the second is the default's own name
         result = train_here(flags_for("run", data_root=missing))
         assert_refused(result, f"data_root={missing}", "load_fineweb_dataset.py")
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/manifest.json").touch()
+    mixed = train_here(flags_for("run", data_root=["there", "elsewhere:2"]))
+    assert_refused(mixed, "data_root=elsewhere: not a prepared folder")
+    assert_refused(train_here(flags_for("run", data_root=["there", "there:2"])), "data_root: names there twice")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_vocabulary_that_does_not_fit_the_data_is_refused(flags_for, tmp_path):
@@ -817,6 +877,7 @@ def test_refused_run_leaves_an_earlier_run_where_it_is(flags_for, tmp_path):
         ({"model__dim": 64}, ["dim", "64"]),
         ({"model__n_layers": 3}, ["n_layers"]),
         ({"optimizer": "muon"}, ["optimizer", "adamw", "muon"]),
+        ({"document_mask": True}, ["document_mask was False, is True"]),
     ],
     ids=lambda value: next(iter(value)),
 )
@@ -826,6 +887,16 @@ def test_resume_refuses_what_it_cannot_go_on_with(whole, whole_flags, tmp_path, 
     before = files_in(out_dir)
     assert_refused(train_here(whole_flags(out_dir, resume=True, **changes)), *words)
     assert files_in(out_dir) == before
+
+
+def test_checkpoint_from_before_documents_were_masked_goes_on_without(whole, whole_flags, tmp_path):
+    path = copy_checkpoint(whole, 20, tmp_path / "run") / "checkpoints/step_00000020.pt"
+    checkpoint = checkpoint_of(whole, 20)
+    del checkpoint["config"]["document_mask"]
+    torch.save(checkpoint, path)
+    masked = whole_flags(tmp_path / "run", resume=True, max_steps=21, document_mask=True)
+    assert_refused(train_here(masked), "document_mask was False, is True")
+    assert train_here(whole_flags(tmp_path / "run", resume=True, max_steps=21)).status == 0
 
 
 def test_damaged_newest_checkpoint_is_named_and_not_skipped(whole, whole_flags, tmp_path):

@@ -1,0 +1,150 @@
+"""The loader against reading whole shards: time to the first batch, tokens a second, memory, and what a step waits.
+
+    python benchmarks/loader.py                               100 shards of a million tokens, a minute on a CPU
+    python benchmarks/loader.py --shard_tokens 10_000_000     4 GB in the temporary folder
+
+The peer reads as build-nanogpt does: a shard at a time into memory, as int64, in order, without a shuffle. Both read
+through the system's cache, which the writing has just filled, and take turns; figures are medians over the turns.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataloaders import TokenStream, TrainWindows
+from files import MANIFEST, SHARD_FORMAT_VERSION, shard_name
+from model import ModelConfig, Transformer
+from optimizers import build_optimizers
+
+CPU = torch.device("cpu")
+FOLDER_VOCAB, MODEL_VOCAB = 128_256, 8192  # the folder's calls for 32-bit ids; those drawn fit the small model
+
+
+def write_shards(root: Path, shards: int, tokens: int) -> None:
+    """A validation shard of no interest, `shards` training shards of random ids, and their manifest."""
+    draw, listed = np.random.default_rng(0), []
+    for index in range(shards + 1):
+        ids = draw.integers(MODEL_VOCAB, size=tokens if index else 2048, dtype=np.uint32)
+        np.save(root / shard_name(index), ids)
+        listed.append({"file": shard_name(index), "split": "train" if index else "val", "tokens": len(ids)})
+    manifest = {"format_version": SHARD_FORMAT_VERSION, "vocab_size": FOLDER_VOCAB, "dtype": "uint32"}
+    (root / MANIFEST).write_text(json.dumps({**manifest, "tokenizer_fingerprint": "", "shards": listed}))
+
+
+def ours(root: Path, B: int, T: int) -> Iterator:
+    stream = TokenStream(root, "train", vocab_size=FOLDER_VOCAB)
+    windows = TrainWindows([stream], seq_len=T, batch_size=B, accumulation=1, seed=0)
+    return windows.batches(0, 10**9, CPU)
+
+
+def whole_shards(root: Path, B: int, T: int) -> Iterator:
+    while True:
+        for path in sorted(root.glob("*_train_*.npy")):
+            shard = torch.from_numpy(np.load(path).astype(np.int64))
+            for start in range(0, len(shard) - B * T, B * T):
+                piece = shard[start : start + B * T + 1]
+                yield piece[:-1].view(B, T), piece[1:].view(B, T)
+
+
+LOADERS = {"ours": ours, "whole shards": whole_shards}
+
+
+def memory() -> dict[str, float]:
+    """MB of this process's own memory, and of files mapped into it, which the system may take back at any time."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # Linux alone tells
+        return {"own": 0.0, "mapped": 0.0}
+    kb = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
+    return {"own": kb["RssAnon"] / 1e3, "mapped": kb["RssFile"] / 1e3}
+
+
+def measure_loaders(root: Path, B: int, T: int, batches: int, turns: int) -> dict[str, dict[str, float]]:
+    """Median figures of each loader."""
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
+    for _ in range(turns):
+        for name, loader in LOADERS.items():
+            before, began = memory(), time.perf_counter()
+            it = loader(root, B, T)
+            checksum = next(it)[0].sum()
+            first = time.perf_counter() - began
+            opened, began = memory(), time.perf_counter()
+            for _ in range(batches):
+                x, y = next(it)
+                checksum += x.sum() + y.sum()  # views cost nothing until they are read
+            seconds, after = time.perf_counter() - began, memory()
+            rows[name].append(
+                {
+                    "first_batch_ms": 1e3 * first,
+                    "tokens_per_sec": batches * B * T / seconds,
+                    "own_mb_first_batch": opened["own"] - before["own"],
+                    "own_mb_growth": after["own"] - opened["own"],
+                    "mapped_mb_growth": after["mapped"] - opened["mapped"],
+                }
+            )
+            del it, x, y
+    return {name: {key: statistics.median(row[key] for row in r) for key in r[0]} for name, r in rows.items()}
+
+
+def measure_waiting(root: Path, steps: int) -> dict[str, float]:
+    """Medians of a training step (dim 256, 6 layers, 8,192 ids, 16 x 256, bf16, compiled): all of it, and its wait."""
+    config = ModelConfig(dim=256, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=MODEL_VOCAB, max_seq_len=256)
+    model = Transformer(config)
+    [optimizer] = build_optimizers(
+        model, optimizer="adamw", max_lr=1e-3, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95)
+    )
+    model.compile_blocks()
+    it, waits, totals = ours(root, 16, 256), [], []
+    for _ in range(steps + 2):  # the first two compile and warm up
+        began = time.perf_counter()
+        x, y = next(it)
+        waits.append(time.perf_counter() - began)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        totals.append(time.perf_counter() - began)
+    wait, total = statistics.median(waits[2:]), statistics.median(totals[2:])
+    return {"step_ms": 1e3 * total, "waiting_ms": 1e3 * wait, "waiting_share": wait / total}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=100, help="training shards (default: 100)")
+    parser.add_argument("--shard_tokens", type=int, default=1_000_000, help="tokens in each (default: a million)")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences a batch (default: 16)")
+    parser.add_argument("--seq_len", type=int, default=1024, help="tokens a sequence (default: 1024)")
+    parser.add_argument("--batches", type=int, default=1000, help="batches of each loader in a turn (default: 1000)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each loader (default: 5)")
+    parser.add_argument("--steps", type=int, default=20, help="training steps; 0 leaves them out (default: 20)")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), args.shards, args.shard_tokens)
+        shape = args.batch_size, args.seq_len
+        result: dict = {"shards": args.shards, "shard_tokens": args.shard_tokens, "batch": shape}
+        result["loaders"] = measure_loaders(Path(folder), *shape, args.batches, args.turns)
+        for name, row in result["loaders"].items():
+            figures = ", ".join(f"{key} {value:,.1f}" for key, value in row.items())
+            print(f"{name:>12}: {figures}")
+        if args.steps:
+            result["step"] = step = measure_waiting(Path(folder), args.steps)
+            print(f"a step of {step['step_ms']:.0f} ms waits {step['waiting_ms']:.2f} ms for data")
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
