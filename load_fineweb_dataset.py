@@ -128,16 +128,16 @@ def _work(connection: Connection, vocab_size: int) -> None:
             connection.send(_tokenize(tokenizer, connection.recv()))
 
 
-def _tokenized(source: Source, first: int, vocab_size: int, num_proc: int) -> Iterator[tuple]:
+def _tokenized(source: Source, first: int, tokenizer: Tokenizer, num_proc: int) -> Iterator[tuple]:
     """`_tokenize` over the documents from number `first` on in `num_proc` processes, in the documents' order.
 
     Raises:
         SourceError: the source cannot be read, or a process died.
     """
     if num_proc == 1:
-        yield from map(partial(_tokenize, Tokenizer(vocab_size=vocab_size)), source.read(first))
+        yield from map(partial(_tokenize, tokenizer), source.read(first))
         return
-    workers = [Worker(vocab_size) for _ in range(num_proc)]
+    workers = [Worker(tokenizer.vocab_size) for _ in range(num_proc)]
     idle: SimpleQueue = SimpleQueue()
     for worker in workers:
         idle.put(worker)
@@ -271,12 +271,12 @@ def prepare(
             Whole shards stay, and the same call goes on behind them.
         OSError: the disk is full, or will not hold what this needs.
     """
-    out_dir, opened = Path(out_dir), open_source(source, stream=stream)
+    tokenizer, out_dir, opened = Tokenizer(vocab_size=vocab_size), Path(out_dir), open_source(source, stream=stream)
     recipe = {
         "format_version": SHARD_FORMAT_VERSION,
         "source": opened.name,
         "revision": opened.revision,
-        "tokenizer_fingerprint": Tokenizer(vocab_size=vocab_size).fingerprint,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": vocab_size,
         "dtype": token_dtype(vocab_size).name,
         "shard_size": shard_size,
@@ -287,16 +287,17 @@ def prepare(
     with _locked(out_dir):
         if is_prepared(out_dir):  # by the run that held the lock
             return _read_json(out_dir / MANIFEST, recipe)
-        manifest = _write_shards(opened, out_dir, recipe, num_proc, show_progress)
+        manifest = _write_shards(opened, out_dir, tokenizer, recipe, num_proc, show_progress)
         with atomic_write(out_dir / MANIFEST, "w") as file:
             json.dump(manifest, file, indent=1)
         (out_dir / PROGRESS).unlink(missing_ok=True)
     return manifest
 
 
-def _write_shards(source: Source, out_dir: Path, recipe: dict, num_proc: int, show_progress: bool) -> dict:
+def _write_shards(
+    source: Source, out_dir: Path, tokenizer: Tokenizer, recipe: dict, num_proc: int, show_progress: bool
+) -> dict:
     """Returns the manifest."""
-    tokenizer = Tokenizer(vocab_size=recipe["vocab_size"])
     max_tokens = recipe["max_tokens"]
     shard_size = recipe["shard_size"] or (SAMPLE_SHARD_SIZE if source.name == "sample" else 100_000_000)
 
@@ -321,7 +322,7 @@ def _write_shards(source: Source, out_dir: Path, recipe: dict, num_proc: int, sh
     with (
         ShardWriter(out_dir, shard_size, tokenizer, shards) as writer,
         tqdm(total=max_tokens, initial=tokens, unit="token", unit_scale=True, disable=not show_progress) as bar,
-        closing(_tokenized(source, document, recipe["vocab_size"], num_proc)) as results,
+        closing(_tokenized(source, document, tokenizer, num_proc)) as results,
     ):
         for ids, lengths, odd in results:
             if max_tokens is not None and tokens >= max_tokens:

@@ -10,12 +10,16 @@ written by a machine to fool machines.
 import argparse
 import json
 import re
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import requests
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
+from urllib3.util import Retry
 
 from dataloaders import TokenStream
 from files import atomic_write, sha256_of
@@ -29,6 +33,10 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 FILE_NAME = "hellaswag_val.jsonl"
 SAMPLE_FILE_NAME = "sample_continuations.jsonl"
 SAMPLE_ROWS = 200
+
+RETRY_SECONDS = (1, 2, 4, 8)  # pauses between attempts that bring nothing new
+TIMEOUT_SECONDS = 30  # without a byte
+BLOCK_BYTES = 2**16  # what is less, is lost with a connection
 
 
 def verify(path: Path, *, num_rows: int = NUM_ROWS, sha256: str = SHA256) -> None:
@@ -50,42 +58,77 @@ def verify(path: Path, *, num_rows: int = NUM_ROWS, sha256: str = SHA256) -> Non
 def download(out_dir: str | Path, url: str = URL, **expected) -> Path:
     """Fetch the validation split into `out_dir`, unless it is there and whole; return its path.
 
+    What came before a connection broke off, or before a kill, stays in a neighbour `.part` and is not fetched again.
+
     Raises:
-        SourceError: it cannot be had, or what came is not it; then nothing is left in `out_dir`.
+        SourceError: it cannot be had, or what came is not it; then that is deleted.
     """
     path = Path(out_dir) / FILE_NAME
+    part = path.with_name(f"{FILE_NAME}.part")
     if path.is_file():
         try:
             verify(path, **expected)
             return path
         except ValueError as error:
             print(f"{path}: {error}; fetching it again")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with requests.get(url, stream=True, timeout=30) as response:
-            response.raise_for_status()
-            size = int(response.headers.get("Content-Length", 0)) or None
-            with (
-                atomic_write(path) as file,
-                tqdm(total=size, unit="B", unit_scale=True, desc=FILE_NAME) as progress,
-            ):
-                for block in response.iter_content(2**16):
-                    progress.update(file.write(block))
-                file.flush()
-                verify(Path(file.name), **expected)  # before it takes its name
+        _fetch(url, part)
+        try:
+            verify(part, **expected)
+            with open(part, "rb") as whole, atomic_write(path) as file:
+                shutil.copyfileobj(whole, file)
+        finally:
+            part.unlink()  # copied, or not worth going on with
     except requests.RequestException as error:
-        raise SourceError(
-            f"{url}: could not be fetched ({_cause(error)}); check the network, run this again"
-        ) from error
+        cause = f"status {error.response.status_code}" if error.response is not None else type(error).__name__
+        raise SourceError(f"{url}: could not be fetched ({cause}); check the network, run this again") from error
     except ValueError as error:
         raise SourceError(f"{url}: what came is not HellaSwag: {error}; run this again") from error
     finally:
-        if path.parent.is_dir() and not any(path.parent.iterdir()):
+        if not any(path.parent.iterdir()):
             path.parent.rmdir()
     return path
 
 
-def _cause(error: requests.RequestException) -> str:
-    return f"status {error.response.status_code}" if error.response is not None else type(error).__name__
+def _fetch(url: str, part: Path) -> None:
+    """Download into `part`, behind what is there. Raises requests.RequestException when that is no use any more."""
+    # urllib3 waits as a Retry-After says; broken connections are ours, since it would begin again.
+    busy = Retry(total=5, connect=0, read=0, other=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
+    busy.raise_on_status = False  # but hand over the last answer
+    with requests.Session() as session:
+        session.mount(url, HTTPAdapter(max_retries=busy))
+        most, pauses = 0, iter(RETRY_SECONDS)
+        while True:
+            have = part.stat().st_size if part.is_file() else 0
+            # Compressed, the bytes that are there would not be those that the range counts.
+            headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+            try:
+                with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+                    goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+                    if have and (response.status_code == 416 or (response.status_code == 206 and not goes_on)):
+                        part.unlink()  # not a beginning of what the server has
+                        continue
+                    response.raise_for_status()
+                    length = int(response.headers.get("Content-Length", 0))
+                    with (
+                        open(part, "ab" if have and goes_on else "wb", buffering=0) as file,
+                        tqdm(initial=file.tell(), total=file.tell() + length, unit="B", unit_scale=True) as progress,
+                    ):
+                        for block in response.iter_content(BLOCK_BYTES):
+                            progress.update(file.write(block))
+                return
+            except requests.HTTPError:
+                raise
+            except requests.RequestException as error:
+                size = part.stat().st_size if part.is_file() else 0
+                if size > most:
+                    most, pauses = size, iter(RETRY_SECONDS)
+                pause = next(pauses, None)
+                if pause is None or not size:  # where nothing has ever come, nothing is lost by asking the user
+                    raise
+                print(f"{url}: broke off ({type(error).__name__}); going on in {pause} s", file=sys.stderr)
+                time.sleep(pause)
 
 
 def write_sample(data_root: str | Path, path: str | Path, vocab_size: int = SAMPLE_VOCAB_SIZE) -> None:
@@ -138,7 +181,7 @@ def main() -> int:
         print(f"load_hellaswag_dataset.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("load_hellaswag_dataset.py: stopped; nothing was left behind", file=sys.stderr)
+        print("load_hellaswag_dataset.py: stopped; the same command goes on behind what has come", file=sys.stderr)
         return 130
     return 0
 

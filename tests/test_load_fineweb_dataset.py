@@ -607,8 +607,8 @@ def kill_and_resume(tmp_path, kills):
     """Prepare a corpus in two processes, SIGKILL the run or one of its workers at a random moment, start it again, and
     so on; return how often, and every sha256 of the whole folder."""
     text = Path(load_fineweb_dataset.__file__).read_text()
-    source = write_jsonl(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(1500)])
-    options = {"vocab_size": 512, "shard_size": 2_000_000}
+    source = write_jsonl(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(2000)])
+    options = {"vocab_size": 512, "shard_size": 300_000}
     run([source], tmp_path / "whole", **options)
     digest = folder_digest(tmp_path / "whole")
     command = [sys.executable, REPO / "load_fineweb_dataset.py", "--source", source, "--out_dir", tmp_path / "out"]
@@ -618,7 +618,7 @@ def kill_and_resume(tmp_path, kills):
         resumed += (tmp_path / "out" / "progress.json").exists()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if done < kills:
-            time.sleep(rng.uniform(0.4, 2))
+            time.sleep(rng.uniform(0.5, 2))
             workers = [int(pid) for pid in child_pids(process.pid)]
             victim = rng.choice([process.pid, *workers])
             if process.poll() is None:

@@ -2,8 +2,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,8 +15,9 @@ import pytest
 
 import load_hellaswag_dataset
 from hellaswag_utils import iterate_rows
-from load_fineweb_dataset import SAMPLE_VOCAB_SIZE, SourceError, prepare
+from load_fineweb_dataset import SAMPLE_VOCAB_SIZE, prepare
 from load_hellaswag_dataset import download, write_sample
+from sources import SourceError
 from tokenizer import Tokenizer
 
 ROWS = [{"ctx": f"context {i}", "endings": ["a", "b", "c", "d"], "label": i % 4} for i in range(5)]
@@ -28,15 +32,23 @@ class Server:
 
     def __init__(self):
         self.status, self.body, self.length, self.requests = 200, CONTENT, None, 0
+        self.ranges, self.answers = [], []  # what was asked for; functions that answer the next requests
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 server.requests += 1
-                self.send_response(server.status)
-                self.send_header("Content-Length", str(server.length or len(server.body)))
+                server.ranges.append(self.headers.get("Range"))
+                if server.answers:
+                    return server.answers.pop(0)(self)
+                self.send(server.status, server.body, Content_Length=server.length or len(server.body))
+
+            def send(self, status, body, **headers):
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), str(value))
                 self.end_headers()
-                self.wfile.write(server.body)
+                self.wfile.write(body)
 
             def log_message(self, *args): ...
 
@@ -54,6 +66,8 @@ class Server:
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(load_hellaswag_dataset, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(load_hellaswag_dataset, "BLOCK_BYTES", 1)
     server = Server()
     yield server
     server.close()
@@ -73,8 +87,8 @@ def no_such_page(server):
     server.status, server.body = 404, b"404: Not Found"
 
 
-def server_error(server):
-    server.status, server.body = 503, CONTENT
+def refused(server):
+    server.status, server.body = 403, CONTENT
 
 
 def page_of_html(server):  # a captive portal's: it says 200
@@ -83,14 +97,6 @@ def page_of_html(server):  # a captive portal's: it says 200
 
 def empty(server):
     server.body = b""
-
-
-def cut_within_a_row(server):
-    server.body, server.length = CONTENT[:-10], len(CONTENT)
-
-
-def cut_behind_a_row(server):
-    server.body, server.length = b"".join(LINES[:3]), len(CONTENT)
 
 
 def half_a_row_in_full_length(server):  # the server itself holds half a file
@@ -115,11 +121,9 @@ def another_json(server):
 
 FAULTS = [
     (no_such_page, "status 404"),
-    (server_error, "status 503"),
+    (refused, "status 403"),
     (page_of_html, "line 1 is no HellaSwag row"),
     (empty, "0 rows instead of 5"),
-    (cut_within_a_row, "could not be fetched"),
-    (cut_behind_a_row, "could not be fetched"),
     (half_a_row_in_full_length, "line 5 is no HellaSwag row"),
     (too_few_rows, "4 rows instead of 5"),
     (too_many_rows, "6 rows instead of 5"),
@@ -186,6 +190,153 @@ def test_the_command_wants_all_of_hellaswag_and_fails_in_one_sentence(tmp_path, 
     assert line.startswith("load_hellaswag_dataset.py: https://raw.githubusercontent.com/rowanz/hellaswag/")
     assert line.endswith("check the network, run this again")
     assert (tmp_path / FILE_NAME).read_bytes() == CONTENT
+
+
+# ---------------------------------------------------------------- broken off, and gone on with
+
+HALF = len(CONTENT) // 2
+
+
+def first_half(handler):
+    handler.send(200, CONTENT[:HALF], Content_Length=len(CONTENT))
+
+
+def rest(handler):
+    start = int(handler.headers["Range"].removeprefix("bytes=").rstrip("-"))
+    content_range = f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"
+    handler.send(206, CONTENT[start:], Content_Length=len(CONTENT) - start, Content_Range=content_range)
+
+
+def stall(handler):
+    first_half(handler)
+    handler.wfile.flush()
+    time.sleep(1)
+
+
+def another_range(handler):
+    handler.send(206, CONTENT[:HALF], Content_Length=HALF, Content_Range=f"bytes 0-{HALF - 1}/{len(CONTENT)}")
+
+
+def no_such_range(handler):
+    handler.send(416, b"", Content_Length=0, Content_Range=f"bytes */{len(CONTENT)}")
+
+
+def whole(handler):
+    handler.send(200, CONTENT, Content_Length=len(CONTENT))
+
+
+def a_few_more_bytes(handler):
+    start = int(handler.headers["Range"].removeprefix("bytes=").rstrip("-"))
+    content_range = f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"
+    size = len(CONTENT) - start
+    handler.send(206, CONTENT[start : start + 10], Content_Length=size, Content_Range=content_range)
+
+
+@pytest.mark.parametrize(
+    ("answers", "ranges"),
+    [
+        ([first_half, rest], [None, f"bytes={HALF}-"]),
+        ([stall, rest], [None, f"bytes={HALF}-"]),
+        ([first_half, whole], [None, f"bytes={HALF}-"]),  # a server that knows no ranges
+        ([first_half, another_range, whole], [None, f"bytes={HALF}-", None]),
+        ([first_half, no_such_range, whole], [None, f"bytes={HALF}-", None]),
+        (
+            [first_half, *[a_few_more_bytes] * 6, rest],  # more often than it asks in vain
+            [None, *[f"bytes={HALF + 10 * i}-" for i in range(7)]],
+        ),
+    ],
+)
+def test_a_broken_connection_is_gone_on_with_by_range(server, tmp_path, monkeypatch, answers, ranges):
+    monkeypatch.setattr(load_hellaswag_dataset, "TIMEOUT_SECONDS", 0.3)
+    server.answers = list(answers)
+    assert download(tmp_path, url=server.url, **EXPECTED).read_bytes() == CONTENT
+    assert server.ranges == ranges
+    assert os.listdir(tmp_path) == [FILE_NAME]
+
+
+def test_a_server_that_never_sends_the_rest_is_given_up_and_the_next_run_goes_on(server, tmp_path):
+    server.body, server.length = CONTENT[:HALF], len(CONTENT)
+    with pytest.raises(SourceError, match=r"could not be fetched .*; check the network, run this again"):
+        download(tmp_path, url=server.url, **EXPECTED)
+    assert os.listdir(tmp_path) == [f"{FILE_NAME}.part"]
+    assert server.requests == 3  # and after each of two pauses
+    server.answers, server.ranges = [rest], []
+    assert download(tmp_path, url=server.url, **EXPECTED).read_bytes() == CONTENT
+    assert server.ranges == [f"bytes={HALF}-"]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again_when_it_says(server, tmp_path, status):
+    times = []
+
+    def busy(handler):
+        times.append(time.monotonic())
+        handler.send(status, b"", Content_Length=0, Retry_After=1)
+
+    def after(handler):
+        times.append(time.monotonic())
+        whole(handler)
+
+    server.answers = [busy, after]
+    assert download(tmp_path, url=server.url, **EXPECTED).read_bytes() == CONTENT
+    assert times[1] - times[0] >= 1
+
+
+def test_a_part_of_something_else_is_thrown_away_with_what_followed(server, tmp_path):
+    (tmp_path / f"{FILE_NAME}.part").write_bytes(b"x" * HALF)
+    server.answers = [rest]
+    with pytest.raises(SourceError, match="what came is not HellaSwag"):
+        download(tmp_path, url=server.url, **EXPECTED)
+    assert not tmp_path.exists()
+    assert download(tmp_path, url=server.url, **EXPECTED).read_bytes() == CONTENT
+
+
+FETCH = """
+import sys
+import load_hellaswag_dataset
+
+load_hellaswag_dataset.download.__defaults__ = (sys.argv.pop(1),)
+load_hellaswag_dataset.BLOCK_BYTES = 1
+sys.exit(load_hellaswag_dataset.main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no SIGKILL")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_behind_a_kill_or_ctrl_c_the_next_run_goes_on(server, tmp_path, number, status):
+    def half_and_signal(handler):
+        first_half(handler)
+        handler.wfile.flush()
+        time.sleep(0.3)  # until it is in the file
+        process.send_signal(number)
+        process.wait()
+
+    server.answers = [half_and_signal]
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(load_hellaswag_dataset.__file__), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-c", FETCH, server.url, "--out_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == status
+    assert "Traceback" not in error
+    assert number == signal.SIGKILL or "stopped; the same command goes on behind what has come" in error
+    assert (tmp_path / "out" / f"{FILE_NAME}.part").read_bytes() == CONTENT[:HALF]
+    server.answers, server.ranges = [rest], []
+    assert download(tmp_path / "out", url=server.url, **EXPECTED).read_bytes() == CONTENT
+    assert server.ranges == [f"bytes={HALF}-"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_one_sentence(server, tmp_path, monkeypatch, capsys):
+    (tmp_path / f"{FILE_NAME}.part").symlink_to("/dev/full")
+    monkeypatch.setattr(download, "__defaults__", (server.url,))
+    monkeypatch.setattr(sys, "argv", ["load_hellaswag_dataset.py", "--out_dir", str(tmp_path)])
+    assert load_hellaswag_dataset.main() == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_pins_are_those_of_hellaswag():
+    assert load_hellaswag_dataset.NUM_ROWS == 10_042
+    assert load_hellaswag_dataset.SHA256 == "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 
 # ---------------------------------------------------------------- the offline sample

@@ -1,0 +1,179 @@
+"""Data preparation against bare tiktoken: the whole way from parquet to shards, on the same texts, in turns.
+
+    python benchmarks/data_prep.py                            the sample corpus, 25 times over: 250 MB of source code
+    python benchmarks/data_prep.py --texts web.jsonl          texts of your own, a JSON object with a "text" a line
+
+One turn runs each way once: tiktoken's `encode_ordinary` in processes that do nothing else, one a core at the same
+time, with texts in memory; the script as one types it, from its start to its end; and the peer, build-nanogpt's way:
+a `multiprocessing.Pool` that maps a function over rows, of the same parquet file. Figures are medians over the turns.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sources import open_source
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARD_SIZE = 20_000_000  # tokens: several shards of the default corpus
+
+
+def write_corpus(texts_file: str | None, size: int, path: Path) -> int:
+    """The texts, repeated until they are `size` bytes, each time with another first line; returns how many bytes."""
+    batches = open_source([texts_file] if texts_file else ["sample"]).read()
+    texts, written = [text for batch in batches for text in batch if text], 0
+    schema = pyarrow.schema([("id", pyarrow.string()), ("text", pyarrow.string())])
+    with pyarrow.parquet.ParquetWriter(path, schema) as file:
+        for copy in range(10**6):
+            for start in range(0, len(texts), 1000):
+                some = [f"{copy}\n{text}" for text in texts[start : start + 1000]]
+                file.write(pyarrow.table({"id": [str(copy)] * len(some), "text": some}, schema))
+                written += sum(len(text.encode()) for text in some)
+                if written >= size:
+                    return written
+
+
+def bare(path: Path, rank: int, num_proc: int, barrier, queue) -> None:
+    """tiktoken alone, on this process's share of the texts; puts tokens a second."""
+    texts = pyarrow.parquet.read_table(path, columns=["text"])["text"][rank::num_proc].to_pylist()
+    encoding = Tokenizer()._encoding
+    barrier.wait()
+    start = time.perf_counter()
+    tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
+    queue.put(tokens / (time.perf_counter() - start))
+
+
+def bare_rate(path: Path, num_proc: int) -> float:
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(num_proc), context.Queue()
+    processes = [context.Process(target=bare, args=(path, rank, num_proc, barrier, queue)) for rank in range(num_proc)]
+    for process in processes:
+        process.start()
+    rate = sum(queue.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return rate
+
+
+def script(path: Path, num_proc: int) -> tuple[float, float]:
+    """Tokens a second of the whole command, from its start to its end; and the sum of its processes' peaks, in GiB."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as out:
+        command = [sys.executable, ROOT / "load_fineweb_dataset.py", "--source", path, "--out_dir", f"{out}/shards"]
+        command += ["--shard_size", str(SHARD_SIZE), "--num_proc", str(num_proc)]
+        start, peaks = time.perf_counter(), {}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            for pid in [process.pid, *children(process.pid)]:
+                peaks[pid] = max(peaks.get(pid, 0), peak_memory(pid))
+            time.sleep(0.05)
+        seconds = time.perf_counter() - start
+        assert process.returncode == 0
+        return json.loads(Path(out, "shards/manifest.json").read_text())["tokens"] / seconds, sum(
+            peaks.values()
+        ) / 2**30
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def peak_memory(pid: int) -> int:
+    """Largest resident memory so far, in bytes."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+_encode = None
+
+
+def _start() -> None:
+    global _encode
+    _encode = Tokenizer()._encoding.encode_ordinary
+
+
+def _row(row: dict) -> np.ndarray:
+    return np.array(_encode(row["text"]), dtype=np.uint32)
+
+
+def pool_of_rows(path: Path, num_proc: int) -> float:
+    """Tokens a second of a pool that is handed a dictionary a row, into shards that are written when they are full."""
+    start, tokens, shard, filled = time.perf_counter(), 0, np.empty(SHARD_SIZE, np.uint32), 0
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as out,
+        multiprocessing.get_context("spawn").Pool(num_proc, _start) as pool,
+    ):
+        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000) for row in batch.to_pylist())
+        for ids in pool.imap(_row, rows, chunksize=16):
+            tokens += len(ids)
+            while filled + len(ids) >= SHARD_SIZE:
+                shard[filled:] = ids[: SHARD_SIZE - filled]
+                np.save(f"{out}/{tokens}", shard)
+                ids, filled = ids[SHARD_SIZE - filled :], 0
+            shard[filled : filled + len(ids)] = ids
+            filled += len(ids)
+        np.save(f"{out}/rest", shard[:filled])
+    return tokens / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", help=".jsonl, .jsonl.gz or .parquet file (default: the sample corpus)")
+    parser.add_argument("--megabytes", type=int, default=250, help="of text in the corpus (default: 250)")
+    parser.add_argument("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core")
+    parser.add_argument("--turns", type=int, default=5, help="default: 5")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "corpus.parquet")
+        size = write_corpus(args.texts, args.megabytes * 10**6, path)
+        rates, peaks = {"bare": [], "script": [], "pool": []}, []
+        for _ in range(args.turns):
+            rates["bare"].append(bare_rate(path, args.num_proc))
+            rate, peak = script(path, args.num_proc)
+            rates["script"].append(rate)
+            peaks.append(peak)
+            rates["pool"].append(pool_of_rows(path, args.num_proc))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    figures = {
+        "megabytes": size / 1e6,
+        "num_proc": args.num_proc,
+        "bare_tokens_per_sec_per_core": medians["bare"] / args.num_proc,
+        "script_tokens_per_sec": medians["script"],
+        "pool_tokens_per_sec": medians["pool"],
+        "script_over_bare": medians["script"] / medians["bare"],
+        "script_over_pool": medians["script"] / medians["pool"],
+        "script_peak_gib": max(peaks),
+    }
+    if args.json:
+        print(json.dumps(figures))
+        return
+    print(f"{size / 1e6:.0f} MB of text, {args.num_proc} processes, medians of {args.turns} turns")
+    for label, name in (
+        ("bare tiktoken, all cores", "bare"),
+        ("load_fineweb_dataset.py, parquet to shards", "script"),
+        ("a Pool over rows, parquet to shards", "pool"),
+    ):
+        print(f"{label:<45}{medians[name] / 1e6:>7.2f} Mtoken/s  {medians[name] / medians['bare']:>5.0%} of bare")
+    print(f"peak memory of the script's processes together: {max(peaks):.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
