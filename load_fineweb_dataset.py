@@ -67,6 +67,9 @@ def _tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np
 
     Args:
         documents: a list, or an arrow array.
+
+    Raises:
+        UnicodeDecodeError: the array's bytes are not UTF-8.
     """
     documents = documents if isinstance(documents, list) else documents.to_pylist()
     ids, odd = [np.empty(0, dtype=np.uint32)] * len(documents), {}
@@ -111,9 +114,12 @@ class Worker:
     def tokenize(self, documents: Sequence) -> tuple:
         try:
             self.connection.send(documents)
-            return self.connection.recv()
+            result = self.connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerDiedError from error
+        if isinstance(result, UnicodeDecodeError):
+            raise result
+        return result
 
 
 class WorkerDiedError(Exception):
@@ -125,7 +131,10 @@ def _work(connection: Connection, vocab_size: int) -> None:
     tokenizer = Tokenizer(vocab_size=vocab_size)
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
-            connection.send(_tokenize(tokenizer, connection.recv()))
+            try:
+                connection.send(_tokenize(tokenizer, connection.recv()))
+            except UnicodeDecodeError as error:
+                connection.send(error)
 
 
 def _tokenized(source: Source, first: int, tokenizer: Tokenizer, num_proc: int) -> Iterator[tuple]:
@@ -287,7 +296,10 @@ def prepare(
     with _locked(out_dir):
         if is_prepared(out_dir):  # by the run that held the lock
             return _read_json(out_dir / MANIFEST, recipe)
-        manifest = _write_shards(opened, out_dir, tokenizer, recipe, num_proc, show_progress)
+        try:
+            manifest = _write_shards(opened, out_dir, tokenizer, recipe, num_proc, show_progress)
+        except UnicodeDecodeError as error:  # of a parquet file: its bytes are first looked at in the workers
+            raise SourceError(f"{opened.name}: not UTF-8 ({error.reason}); replace the file") from error
         with atomic_write(out_dir / MANIFEST, "w") as file:
             json.dump(manifest, file, indent=1)
         (out_dir / PROGRESS).unlink(missing_ok=True)

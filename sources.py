@@ -34,8 +34,8 @@ SAMPLE_EXCLUDED = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 SAMPLE_EXCLUDED |= {"site-packages", "dist-packages", "__pycache__"}
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-BATCH_DOCUMENTS = 200  # a batch of web pages is about a megabyte
-BATCH_BYTES = 2**22  # of longer documents a batch holds fewer
+BATCH_DOCUMENTS = 200  # of web pages, nearly a megabyte
+BATCH_BYTES = 2**20  # of longer documents a batch holds fewer; more than that no longer fits the processors' caches
 STREAM_BLOCK = 2**24  # bytes of a request
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts that bring nothing new; then the hub has failed
 
@@ -174,13 +174,15 @@ def _parquet_batches(path: str | Path, first: int, file: IO | None = None) -> Ge
             del groups[0]
         if not groups:
             return first
-        for batch in parquet.iter_batches(BATCH_DOCUMENTS, row_groups=groups, columns=["text"]):
+        group_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
+        rows = BATCH_BYTES * parquet.metadata.num_rows // max(1, group_bytes)
+        rows = max(1, min(rows, BATCH_DOCUMENTS))
+        for batch in parquet.iter_batches(rows, row_groups=groups, columns=["text"]):
             column = batch.column(0)
             if first >= len(column):
                 first -= len(column)
                 continue
-            column.validate(full=True)  # that it is UTF-8, while the file's name is known
-            if first or column.nbytes > BATCH_BYTES:
+            if first or column.nbytes > 4 * BATCH_BYTES:
                 yield from ([document] for document in column[first:].to_pylist())
                 first = 0
             else:

@@ -872,8 +872,15 @@ def test_a_damaged_file_is_named(tmp_path, monkeypatch, capsys, name, damage):
     damage(tmp_path / name)
     status, error = refusal(monkeypatch, capsys, tmp_path, tmp_path / name, shard_size=1_000_000)
     assert status == 1
-    assert str(tmp_path / name) in error
+    assert f"{name}: " in error and error.endswith("replace the file")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_bytes_that_are_no_utf8_end_the_run_with_any_number_of_processes(tmp_path, num_proc):
+    not_utf8_in_a_whole_file(tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet: not UTF-8 \(invalid start byte\); replace the file"):
+        run([tmp_path / "a.parquet"], tmp_path / "out", num_proc=num_proc)
 
 
 def test_a_missing_column_is_named_and_those_that_are_there(tmp_path, monkeypatch, capsys):
