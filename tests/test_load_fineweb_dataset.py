@@ -613,14 +613,16 @@ def kill_and_resume(tmp_path, kills):
     digest = folder_digest(tmp_path / "whole")
     command = [sys.executable, REPO / "load_fineweb_dataset.py", "--source", source, "--out_dir", tmp_path / "out"]
     command += [str(word) for name, value in options.items() for word in (f"--{name}", value)] + ["--num_proc", "2"]
+    progress = tmp_path / "out" / "progress.json"
     rng, digests, done, resumed = random.Random(0), [], 0, 0
     while True:
-        resumed += (tmp_path / "out" / "progress.json").exists()
+        resumed += progress.exists()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if done < kills:
-            time.sleep(rng.uniform(0.5, 2))
-            workers = [int(pid) for pid in child_pids(process.pid)]
-            victim = rng.choice([process.pid, *workers])
+            while not progress.exists() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 1.5))
+            victim = rng.choice([process.pid, *worker_pids(process.pid)])
             if process.poll() is None:
                 os.kill(victim, signal.SIGKILL)
                 done += 1
@@ -634,10 +636,11 @@ def kill_and_resume(tmp_path, kills):
                 return done, resumed, digest, digests
 
 
-def child_pids(pid):
-    """Linux's list of the processes that `pid` started."""
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return path.read_text().split() if path.exists() else []
+def worker_pids(pid):
+    """Linux's list of the processes that `pid` started, without multiprocessing's resource tracker."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    pids = children.read_text().split() if children.exists() else []
+    return [int(pid) for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def running(pid):
@@ -666,7 +669,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["text " * 20_000] * 500)
     command = [sys.executable, REPO / "load_fineweb_dataset.py", "--source", source, "--out_dir", tmp_path / "out"]
     process = subprocess.Popen([*command, "--vocab_size", "512", "--num_proc", "2"], stderr=subprocess.DEVNULL)
-    while len(workers := child_pids(process.pid)) < 3:  # and multiprocessing's resource tracker
+    while len(workers := worker_pids(process.pid)) < 2:
         time.sleep(0.01)
     process.kill()
     process.wait()
