@@ -417,7 +417,7 @@ def _locked(out_dir: Path) -> Iterator[None]:
             out_dir.rmdir()
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Those that this process may use, which in a container or a batch job are fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -430,7 +430,7 @@ def main() -> int:
     add("--vocab_size", type=int, help="ids, 512 to 128256 (default: 128256; the sample: 4096)")
     add("--shard_size", type=int, help="tokens in a shard (default: 100 million; the sample: 131072)")
     add("--max_tokens", type=int, help="stop behind the document that reaches this many tokens (default: all)")
-    add("--num_proc", type=int, default=_num_cores(), help="worker processes (default: one a core)")
+    add("--num_proc", type=int, default=num_cores(), help="worker processes (default: one a core)")
     add("--stream", action="store_true", help="read FineWeb-Edu over the network, without a copy on the disk")
     add(
         "--verify", action="store_true", help="only re-hash every shard of --out_dir and check every id; 1 if not whole"

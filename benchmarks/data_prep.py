@@ -11,7 +11,6 @@ a `multiprocessing.Pool` that maps a function over rows, of the same parquet fil
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import pyarrow.parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from load_fineweb_dataset import num_cores
 from sources import open_source
 from tokenizer import Tokenizer
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", help=".jsonl, .jsonl.gz or .parquet file (default: the sample corpus)")
     parser.add_argument("--megabytes", type=int, default=250, help="of text in the corpus (default: 250)")
-    parser.add_argument("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core")
+    parser.add_argument("--num_proc", type=int, default=num_cores(), help="default: one a core")
     parser.add_argument("--turns", type=int, default=5, help="default: 5")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
