@@ -68,7 +68,7 @@ def verify(folder: str | Path, manifest: dict) -> str:
                     raise ValueError(f"id {largest} is outside the vocabulary of {tokenizer.vocab_size}")
                 counted["tokens"] += len(ids)
                 counted["documents"] += int(np.count_nonzero(ids == tokenizer.bos_id))
-                counted["text_bytes"] += int(byte_lengths[ids].sum(dtype=np.int64))
+                counted["text_bytes"] += int(byte_lengths.take(ids).sum(dtype=np.int64))
             for key, count in counted.items():
                 if count != shard[key]:
                     raise ValueError(f"{count:,} {key} where the manifest says {shard[key]:,}")

@@ -114,12 +114,13 @@ class Worker:
     def tokenize(self, documents: Sequence) -> tuple:
         try:
             self.connection.send(documents)
-            result = self.connection.recv()
+            answer = self.connection.recv()
+            if isinstance(answer, UnicodeDecodeError):
+                raise answer
+            dtype, *others = answer
+            return np.frombuffer(self.connection.recv_bytes(), dtype), *others
         except (EOFError, OSError) as error:
             raise WorkerDiedError from error
-        if isinstance(result, UnicodeDecodeError):
-            raise result
-        return result
 
 
 class WorkerDiedError(Exception):
@@ -132,9 +133,12 @@ def _work(connection: Connection, vocab_size: int) -> None:
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
             try:
-                connection.send(_tokenize(tokenizer, connection.recv()))
+                ids, *others = _tokenize(tokenizer, connection.recv())
             except UnicodeDecodeError as error:
                 connection.send(error)
+                continue
+            connection.send((ids.dtype, *others))
+            connection.send_bytes(ids.data)  # as they are: pickled, they would be copied twice more
 
 
 def _tokenized(source: Source, first: int, tokenizer: Tokenizer, num_proc: int) -> Iterator[tuple]:
@@ -219,7 +223,7 @@ class ShardWriter:
             self._shard |= {"tokens": 0, "documents": 0, "text_bytes": 0}
         self._write(np.ascontiguousarray(ids).data)
         self._shard["documents"] += int(np.count_nonzero(ids == self.bos_id))  # those that begin here
-        self._shard["text_bytes"] += int(self.byte_lengths[ids].sum(dtype=np.int64))
+        self._shard["text_bytes"] += int(self.byte_lengths.take(ids).sum(dtype=np.int64))
         self.filled += len(ids)
         if self.filled == self.shard_size:
             self._end(self._digest.hexdigest())
@@ -469,7 +473,7 @@ def main() -> int:
         print("load_fineweb_dataset.py: stopped; the same command goes on behind the last whole shard", file=sys.stderr)
         return 130
     seconds, shards, tokens = time.perf_counter() - began, manifest["shards"], manifest["tokens"]
-    left_out = sum(manifest["odd_documents"].get(kind, 0) for kind in LEFT_OUT)
+    left_out = sum(manifest.get("odd_documents", {}).get(kind, 0) for kind in LEFT_OUT)
     print(
         f"{out_dir}: {'already prepared, ' if was_prepared else ''}{manifest['documents']:,} documents "
         f"({left_out:,} without text left out), {tokens:,} tokens in {len(shards)} shards "
