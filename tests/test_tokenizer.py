@@ -1,5 +1,6 @@
 """The tokenizer against Meta's class, Hugging Face's tokenizers and bare tiktoken, all built from the same file."""
 
+import itertools
 import random
 import unicodedata
 from pathlib import Path
@@ -202,6 +203,14 @@ LONG_TEXTS = {
     "a run across the 400000th character": "ab " * 130_000 + LETTERS + " end",
     "900000 characters, mixed": ("αβγ 中文 " * 40_000 + "0" * 30_000 + " " * 30_000) * 3,
 }
+
+
+def test_every_short_mix_of_kinds_of_characters_has_metas_ids(ours, metas):
+    kinds = ["a", "7", "!", "'", " ", "\t", "\n", "\r", "\u2028", "é"]
+    for length in range(1, 6):
+        for characters in itertools.product(kinds, repeat=length):
+            text = "".join(characters)
+            assert ours.encode(text) == metas.encode(text, bos=False, eos=False), repr(text)
 
 
 @pytest.mark.parametrize("name", LONG_TEXTS)
