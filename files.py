@@ -36,7 +36,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary neighbour of `path` for writing; on success it takes the name, for good.
 
     After a crash or a power cut `path` is what it was before or all of the new file. On an exception the temporary
-    file is removed and `path` is untouched.
+    file is removed and `path` is untouched; that of a full disk, which no write puts a name to, names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,8 +47,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.strerror, error.filename = f"{error.strerror}; make room", str(path)
         raise
     if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open folders
         folder = os.open(path.parent, os.O_RDONLY)

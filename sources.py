@@ -319,9 +319,13 @@ def _is_final(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
+    import requests
+
     response = _response(error)
     if response is not None:
         return f"status {response.status_code}"
+    if isinstance(error, requests.RequestException):
+        return type(error).__name__  # its message is a chain of objects
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

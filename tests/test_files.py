@@ -61,8 +61,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary(old, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"), atomic_write(old) as file:
+    with pytest.raises(OSError, match="No space") as told, atomic_write(old) as file:
         file.write(b"new")
+    assert str(old) in str(told.value) and "make room" in str(told.value)
     assert old.read_bytes() == b"old"
     assert os.listdir(old.parent) == [old.name]
 
