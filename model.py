@@ -9,6 +9,7 @@ G key/value heads, K width of a head, F feed-forward width, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -131,6 +132,51 @@ class KVCache:
         return self.keys[layer, :, : self.length], self.values[layer, :, : self.length]
 
 
+def softmax_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The cross-entropies, in nats, of logits (C, V) against targets (C,), summed with `weights` (C,); the logits are
+    overwritten by their softmax times the weights: that sum's gradient, but for the targets' own logits."""
+    log_p = logits.float().log_softmax(-1)
+    logits.copy_(log_p.exp() * weights[:, None])
+    return -(log_p.gather(1, targets[:, None])[:, 0] * weights).sum()
+
+
+class OutputLoss(torch.autograd.Function):
+    """The output layer and the mean cross-entropy in one, a slice of the tokens at a time: at 128,256 ids the logits
+    of all tokens, and their gradient, would take more memory than the rest of the training step.
+
+    A slice's gradients are computed while its logits are there, in the forward pass already, so that nothing is
+    computed twice (as in Liger Kernel, arXiv 2410.10989); the output layer's are summed in float32.
+    """
+
+    SLICE = 256  # C, tokens: enough for a matrix product at full speed
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, softmax_: Callable) -> Tensor:
+        """x (N, D), weight (V, D), targets (N,) -> scalar loss; the products are in `dtype`."""
+        counts = targets != -100
+        shares, targets = counts / counts.sum(), targets.clamp(min=0)
+        x_cast, weight_cast = x.to(dtype), weight.to(dtype)
+        x_grad, weight_grad = torch.empty_like(x_cast), torch.zeros_like(weight)
+        loss = torch.zeros((), device=x.device)
+        for start in range(0, len(x), OutputLoss.SLICE):
+            some = slice(start, start + OutputLoss.SLICE)
+            logits = x_cast[some] @ weight_cast.T  # (C, V)
+            loss += softmax_(logits, targets[some], shares[some])
+            logits[torch.arange(len(logits), device=x.device), targets[some]] -= shares[some].to(dtype)
+            torch.mm(logits, weight_cast, out=x_grad[some])
+            if dtype == weight.dtype:
+                weight_grad.addmm_(logits.T, x_cast[some])
+            else:
+                weight_grad += logits.T @ x_cast[some]
+        ctx.save_for_backward(x_grad, weight_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * grad, weight_grad * grad, None, None, None
+
+
 class RMSNorm(nn.Module):
     """Divide by the root mean square over the last dimension, then scale; the arithmetic is in float32."""
 
@@ -215,6 +261,7 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(config)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        self.softmax_ = softmax_
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -253,12 +300,17 @@ class Transformer(nn.Module):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
         cache: KVCache | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream behind the last block, (B, T, D), normalised: what the output layer reads."""
+        """The residual stream behind the last block, (B, T, D), normalised: what the output layer reads.
+
+        `mask` (B, 1, T, T), bool, says which tokens (last) each token (last but one) sees, where `positions` are not
+        those of documents one behind the other.
+        """
         T = tokens.shape[1]
-        mask, cached = None, None
+        cached = None
         if cache is not None:
             if positions is not None:
                 raise ValueError("positions: a cache counts its own, and holds one document a row; pass one of the two")
@@ -268,7 +320,7 @@ class Transformer(nn.Module):
             mask, cached = cache.extend(positions), (cache, positions)
         elif tokens.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{T} tokens exceed max_seq_len={self.config.max_seq_len}")
-        elif positions is not None:
+        elif positions is not None and mask is None:
             document = (positions == 0).cumsum(1)  # (B, T), numbered in each row
             mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # (B, 1, T, T)
         if positions is None:
@@ -282,7 +334,13 @@ class Transformer(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, in nats, of hidden states (B, T, D) against targets (B, T)."""
-        return F.cross_entropy(self.output(x).flatten(0, 1).float(), targets.flatten())
+        x, targets, device = x.flatten(0, 1), targets.flatten(), x.device.type
+        if not torch.is_grad_enabled():
+            slices = zip(x.split(OutputLoss.SLICE), targets.split(OutputLoss.SLICE), strict=True)
+            nats = sum(F.cross_entropy(self.output(some).float(), t, reduction="sum") for some, t in slices)
+            return nats / (targets != -100).sum()
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return OutputLoss.apply(x, self.output.weight, targets, dtype, self.softmax_)
 
     def compile_blocks(self) -> None:
         """Compile each block, and the loss, instead of the whole: as fast a step, and half as long to wait for.
@@ -293,4 +351,4 @@ class Transformer(nn.Module):
         torch._dynamo.config.optimize_ddp = False  # it would cut the blocks' graphs again, by size
         for layer in self.layers:
             layer.compile(dynamic=False)
-        self.loss = torch.compile(self.loss, dynamic=False)
+        self.softmax_ = torch.compile(softmax_, dynamic=False)

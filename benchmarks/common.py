@@ -1,0 +1,157 @@
+"""What the benchmarks share: ways of doing the same work that take turns, each in a process of its own; the peer."""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model import ModelConfig
+from model_utils import peak_flops
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The shape of the design's figures, as it is in train.py's CONFIGURATION, and a small one that a laptop can train.
+SHAPES = {
+    "original": {"dim": 768, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8, "vocab_size": 128_256},
+    "small": {"dim": 256, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 8192},
+}
+
+
+def machine() -> str:
+    """This machine in a line."""
+    if DEVICE.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+# ---------------------------------------------------------------- turns
+
+
+class Worker:
+    """Ways of doing some work, in a process of its own so that its memory is its own; it sleeps between its turns.
+
+    `make(*args)` runs there once, and returns a function for each way by name; what the function returns, a dict,
+    comes back with the "seconds" it took and the process's "peak_gib" while it ran.
+    """
+
+    def __init__(self, make: Callable[..., dict[str, Callable[[], dict]]], *args):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.names: list[str] = self._receive()
+
+    def turn(self, name: str) -> dict:
+        self.pipe.send(name)
+        return self._receive()
+
+    def _receive(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            sys.exit(f"a process of the benchmark ended with {self.process.exitcode}; -9: memory ran out")
+
+
+def _serve(pipe, make: Callable, args: tuple) -> None:
+    try:
+        ways = make(*args)
+        pipe.send(list(ways))
+        while True:
+            name = pipe.recv()
+            _reset_peak_memory()
+            began = time.perf_counter()
+            result = ways[name]()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            pipe.send({"seconds": time.perf_counter() - began, "peak_gib": _peak_memory()} | result)
+            if platform.system() == "Linux":
+                ctypes.CDLL(None).malloc_trim(0)  # so that one way's scraps do not count as the next one's memory
+    except EOFError:
+        pass  # the benchmark is over
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _reset_peak_memory() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+
+def _peak_memory() -> float:
+    """GiB that the device, or on a CPU this process, held at most since the last reset; NaN where nothing tells."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    if not Path("/proc/self/status").exists():
+        return float("nan")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
+
+
+def take_turns(workers: list[Worker], turns: int) -> dict[str, list[dict]]:
+    """Every way's results, turn by turn; each with the machine's matmul rate behind its turn, in FLOP/s, as "peak"."""
+    rows: dict[str, list[dict]] = {name: [] for worker in workers for name in worker.names}
+    for turn in range(turns):
+        results = {name: worker.turn(name) for worker in workers for name in worker.names}
+        peak = peak_flops(DEVICE, torch.bfloat16)
+        for name, result in results.items():
+            print(f"turn {turn}: {name}: {result['seconds']:.2f} s", file=sys.stderr, flush=True)
+            rows[name].append(result | {"peak": peak})
+    return rows
+
+
+def medians(rows: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+    return {name: {key: statistics.median(row[key] for row in r) for key in r[0]} for name, r in rows.items()}
+
+
+def report(title: str, columns: dict[str, Callable[[dict], str]], result: dict[str, dict], as_json: bool) -> None:
+    """A Markdown table with a line for each way, or one JSON object."""
+    if as_json:
+        print(json.dumps({"title": title, "machine": machine(), "ways": result}))
+        return
+    print(f"{title}; {machine()}\n")
+    print("| way | " + " | ".join(columns) + " |\n" + "| --- " * (1 + len(columns)) + "|")
+    for name, row in result.items():
+        print(f"| {name} | " + " | ".join(show(row) for show in columns.values()) + " |")
+
+
+# ---------------------------------------------------------------- the peer
+
+
+def hugging_face(config: ModelConfig):
+    """Hugging Face's Llama of the same shape, its weights drawn at random, on its fastest attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    theirs = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.dim,
+        intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(theirs).to(DEVICE)

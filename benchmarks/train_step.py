@@ -1,0 +1,122 @@
+"""One optimizer step against Hugging Face's Llama: tokens a second, share of the matmul rate, peak memory.
+
+    python benchmarks/train_step.py                                   train.py's shape, 4 x 1,024 tokens: 20 minutes
+    python benchmarks/train_step.py --shape small --batch_size 16 --seq_len 256
+    python benchmarks/train_step.py --accumulation 4                  four micro-steps a step
+    python benchmarks/train_step.py --cold                            compile anew, not from the cache on the disk
+
+Both models run in float32 and in bf16 autocast, uncompiled and compiled, Hugging Face's with SDPA and its own loss in
+the same graph; all with fused AdamW and the gradient's norm clipped at 1. They take turns; figures are medians. The
+first step, in which compiling happens, is a column of its own.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from common import DEVICE, SHAPES, Worker, hugging_face, medians, report, take_turns
+
+from model import ModelConfig, Transformer
+from model_utils import flops_per_token
+from optimizers import build_optimizers
+
+DTYPES = ["float32", "bfloat16"]
+
+
+def make_update(
+    model: torch.nn.Module, loss_of: Callable, config: ModelConfig, shape: tuple[int, int], accumulation: int
+) -> Callable[..., dict]:
+    """A function that does one update as train.py does it, on random tokens; it returns how long its optimizer took."""
+    [optimizer] = build_optimizers(
+        model, optimizer="adamw", max_lr=1e-3, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95)
+    )
+
+    def update(dtype: str, stance: str) -> dict:
+        with torch.compiler.set_stance(stance):
+            for _ in range(accumulation):
+                tokens, targets = torch.randint(config.vocab_size, (2, *shape), device=DEVICE)
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                    loss = loss_of(tokens, targets)
+                (loss / accumulation).backward()
+        loss.item()  # waits for a GPU
+        began = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return {"optimizer_seconds": time.perf_counter() - began}
+
+    return update
+
+
+def ways(update: Callable[..., dict], name: str, dtypes: list[str]) -> dict[str, Callable[[], dict]]:
+    return {
+        f"{name}, {dtype}{how}": partial(update, dtype, stance)
+        for dtype in dtypes
+        for how, stance in ((", compiled", "default"), ("", "force_eager"))
+    }
+
+
+def ours(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str]) -> dict:
+    model = Transformer(config).to(DEVICE)
+    model.compile_blocks()
+    return ways(make_update(model, model, config, shape, accumulation), "ours", dtypes)
+
+
+def theirs(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str]) -> dict:
+    model = hugging_face(config).train()
+
+    @torch.compile(dynamic=False)
+    def loss_of(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
+
+    return ways(make_update(model, loss_of, config, shape, accumulation), "Hugging Face", dtypes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="original", help="the model (default: original)")
+    parser.add_argument("--batch_size", type=int, default=4, help="sequences a micro-step (default: 4)")
+    parser.add_argument("--seq_len", type=int, default=1024, help="tokens a sequence (default: 1024)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-steps a step (default: 1)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the matrix products (default: both)"
+    )
+    parser.add_argument("--turns", type=int, default=3, help="steps of each way (default: 3)")
+    parser.add_argument("--cold", action="store_true", help="compile anew; else a build cached on the disk is taken")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    args = parser.parse_args()
+    config = ModelConfig(**SHAPES[args.shape], max_seq_len=args.seq_len)
+    job = config, (args.batch_size, args.seq_len), args.accumulation, args.dtypes
+    tokens = args.batch_size * args.seq_len * args.accumulation
+    with torch.device("meta"):
+        flops = tokens * flops_per_token(Transformer(config))
+    with tempfile.TemporaryDirectory() as cold:
+        if args.cold:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold
+        workers = [Worker(ours, *job), Worker(theirs, *job)]
+        rows = take_turns(workers, args.turns + 1)  # the first compiles
+    result = medians({name: r[1:] for name, r in rows.items()})
+    for name, row in result.items():
+        row["first_step_seconds"] = rows[name][0]["seconds"]
+        row["tokens_per_sec"] = tokens / row["seconds"]
+        row["share_of_peak"] = flops / row["seconds"] / row["peak"]
+    columns = {
+        "tokens/s": lambda row: f"{row['tokens_per_sec']:,.0f}",
+        "seconds": lambda row: f"{row['seconds']:.2f}",
+        "of the bf16 matmul rate": lambda row: f"{row['share_of_peak']:.0%}",
+        "peak memory, GiB": lambda row: f"{row['peak_gib']:.1f}",
+        "optimizer, s": lambda row: f"{row['optimizer_seconds']:.2f}",
+        "first step, s": lambda row: f"{row['first_step_seconds']:.0f}",
+    }
+    title = f"{args.shape}, {args.batch_size} x {args.seq_len} tokens x {args.accumulation} micro-steps"
+    report(title, columns, result, args.json)
+
+
+if __name__ == "__main__":
+    main()
