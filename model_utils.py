@@ -146,6 +146,18 @@ def can_compile(device: torch.device) -> bool:
         return False
 
 
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware. Elsewhere, as on most laptops' CPUs, it is emulated, up to a
+    hundred times slower than float32."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        has_bf16 = True
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
 # Dense bf16 peak of a card in FLOP/s, from the vendors' data sheets; the first name found in the card's name counts.
 PEAK_FLOPS = {
     "B200": 2250e12,

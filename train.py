@@ -41,6 +41,7 @@ from model_utils import (
     can_compile,
     checkpoints_in,
     config_as_dict,
+    fastest_dtype,
     flops_per_token,
     in_main_process,
     is_main_process,
@@ -93,7 +94,7 @@ class Config:
 
     # Device
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # bfloat16: autocast of matrix products; weights stay float32
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix products; auto: bfloat16 where it is fast
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: where a compiler is found
     seed: int = 1337  # of the initial weights and of the order of the data
 
@@ -201,11 +202,8 @@ def config_errors(cfg: Config) -> list[str]:
         )
     try:
         device = pick_device(cfg.device)
-        if (
-            device.type == "cuda"
-            and cfg.dtype == "bfloat16"
-            and not torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
+        fastest = fastest_dtype(device)
+        if cfg.dtype == "bfloat16" and device.type == "cuda" and fastest == torch.float32:
             errors.append(f"dtype={cfg.dtype}: this GPU has none; pass --dtype float32")
     except ValueError as error:
         errors.append(str(error))
@@ -247,6 +245,8 @@ def read_config(args: list[str]) -> Config:
     errors += config_errors(cfg)
     if errors:
         raise ValueError("\n".join(errors))
+    if cfg.dtype == "auto":  # what it stands for belongs into the records
+        cfg.dtype = "bfloat16" if fastest_dtype(pick_device(cfg.device)) == torch.bfloat16 else "float32"
     return cfg
 
 

@@ -22,6 +22,7 @@ from model_utils import (
     can_compile,
     checkpoints_in,
     config_as_dict,
+    fastest_dtype,
     find_checkpoint,
     flops_per_token,
     load_checkpoint,
@@ -34,7 +35,7 @@ from model_utils import (
     start_wandb,
     sum_over_processes,
 )
-from optimizers import build_optimizers, lr_factor
+from optimizers import Muon, build_optimizers, lr_factor, orthogonalise
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=32, max_seq_len=32)
@@ -168,6 +169,16 @@ def test_peak_of_a_cpu_is_measured():
     assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e15
 
 
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_bf16_is_taken_where_the_hardware_multiplies_it(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
+    expected = torch.bfloat16 if has_bf16 else torch.float32
+    assert fastest_dtype(torch.device("cuda", 0)) == expected
+    for name in ("avx512_bf16", "amx_bf16", "bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"avx2": True, name: has_bf16})
+        assert fastest_dtype(torch.device("cpu")) == expected
+
+
 def factor(step: int, **changes) -> float:
     fields = {"schedule": "cosine", "warmup_steps": 10, "max_steps": 110, "min_factor": 0.1, "decay_fraction": 0.2}
     return lr_factor(step, **(fields | changes))
@@ -255,6 +266,39 @@ def test_each_group_knows_the_peak_of_its_own_learning_rate():
         assert group["lr"] == group["initial_lr"] == (0.02 if kind == "Muon" else 1e-3)
         if kind == "AdamW":
             assert tuple(group["betas"]) == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8), (1, 16, 16)])
+def test_orthogonalised_matrices_keep_their_singular_vectors_and_lose_their_sizes(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape) * torch.tensor([1e-3, 1.0, 1e3])[: shape[0], None, None]
+    result = orthogonalise(matrices)
+    assert result.shape == matrices.shape
+    U, _, V = torch.linalg.svd(matrices, full_matrices=False)
+    sizes = U.mT @ result @ V.mT  # in the basis of the singular vectors: diagonal, and near 1
+    assert (sizes - torch.diag_embed(sizes.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+    spread = sizes.diagonal(dim1=1, dim2=2)[:, : min(shape[1:]) * 3 // 4]  # the smallest may need more steps
+    assert 0.6 < spread.min() and spread.max() < 1.3
+
+
+@pytest.mark.parametrize("largest_batch", [Muon.LARGEST_BATCH, 900, 1])
+def test_muon_takes_the_steps_of_torchs(monkeypatch, largest_batch):
+    """Which rounds to bfloat16 on the way, so that the paths agree to three digits."""
+    monkeypatch.setattr(Muon, "LARGEST_BATCH", largest_batch)
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(16, 24), (40, 16), (16, 24), (16, 24), (16, 16)]]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    settings = {"lr": 0.02, "weight_decay": 0.1}
+    optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, momentum=0.95, **settings)
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, before in zip(ours, theirs, start, strict=True):
+        assert (p - q).norm() < 0.01 * (q - before).norm()
 
 
 # ---------------------------------------------------------------- checkpoints

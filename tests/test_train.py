@@ -855,6 +855,14 @@ def test_data_root_given_by_flag_is_never_replaced_by_the_sample(flags_for, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_dtype_auto_is_what_the_hardware_multiplies_and_is_recorded(flags_for, tmp_path, monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
+    assert train_here(flags_for(tmp_path / "run", dtype="auto", max_steps=1)).status == 0
+    expected = "bfloat16" if has_bf16 else "float32"
+    assert json.loads((tmp_path / "run/config.json").read_text())["dtype"] == expected
+
+
 def test_vocabulary_that_does_not_fit_the_data_is_refused(flags_for, tmp_path):
     result = train_here(flags_for(tmp_path / "run", model__vocab_size=1024))
     assert_refused(result, "512", "1024", "--model.vocab_size 512")
