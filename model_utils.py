@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from files import atomic_write
 from model import ModelConfig, Transformer
@@ -156,6 +157,18 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     else:
         has_bf16 = True
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The matrices that products read, by name, in `dtype`; gradients flow back through them to the parameters.
+
+    For `torch.func.functional_call`: autocast alone would cast them in every micro-step. The embedding is a look-up.
+    """
+    return {
+        name: p.to(dtype)
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and p.dtype != dtype and not name.endswith("tok_embeddings.weight")
+    }
 
 
 # Dense bf16 peak of a card in FLOP/s, from the vendors' data sheets; the first name found in the card's name counts.

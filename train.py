@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 import tyro
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag_utils
@@ -39,6 +40,7 @@ from model_utils import (
     Process,
     StopSignal,
     can_compile,
+    cast_weights,
     checkpoints_in,
     config_as_dict,
     fastest_dtype,
@@ -58,6 +60,7 @@ from model_utils import (
     world_size,
 )
 from optimizers import build_optimizers, load_moments, lr_factor
+from profiling import start_profiler
 from report import write_report
 from sources import SourceError
 from tokenizer import VOCAB_SIZES, Tokenizer
@@ -107,6 +110,7 @@ class Config:
     generate_every: int = 1000  # steps between continuations of the prompts, into samples.txt
     save_every: int = 1000  # steps between checkpoints; one of the default model is 3.6 GB
     keep_checkpoints: int = 2  # newest ones kept, besides the best
+    profile: int = 0  # steps recorded with torch.profiler, into the folder of the run; 0 records none
     resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
 
     # Generation
@@ -177,7 +181,7 @@ def config_errors(cfg: Config) -> list[str]:
         if getattr(cfg, name) < 1:
             errors.append(f"{name}={getattr(cfg, name)}: must be at least 1")
     intervals = ("val_every", "hellaswag_every", "generate_every", "save_every")
-    for name in (*intervals, "hellaswag_limit", "warmup_steps", "seed"):
+    for name in (*intervals, "hellaswag_limit", "warmup_steps", "seed", "profile"):
         if getattr(cfg, name) < 0:
             errors.append(f"{name}={getattr(cfg, name)}: must be 0 or more")
     for name in ("max_lr", "muon_lr", "grad_clip", "weight_decay", "temperature"):
@@ -362,7 +366,8 @@ def train(cfg: Config, process: Process) -> int:
     ddp: torch.nn.Module = model
     if process.world_size > 1:
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    dtype = getattr(torch, cfg.dtype)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # Records
     in_main_process(partial(open_run_folder, cfg), process)
@@ -375,7 +380,7 @@ def train(cfg: Config, process: Process) -> int:
         is_main=process.is_main,
     )
     metrics = MetricsLog(out_dir, wandb_run, process.is_main, last_step=start_step if saved else -1)
-    peak = process.world_size * peak_flops(device, torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32)
+    peak = process.world_size * peak_flops(device, dtype)
     flops = flops_per_token(model)
     tokens = cfg.max_steps * cfg.total_batch_size
     epochs = [f"{tokens * s.quota / BLOCK / len(s):.2f} epochs of {len(s):,} tokens" for s in train_streams]
@@ -436,6 +441,7 @@ def train(cfg: Config, process: Process) -> int:
     if step == 0 and cfg.val_every:
         evaluate(0, val=True, hellaswag=False, sample=False)
     batches = windows.batches(start_step, cfg.max_steps, device)
+    profiler = start_profiler(cfg.profile, out_dir / "profile", process)
     wish, stop = StopSignal(), 0  # this process's, and what all have agreed on: a signal's number
     loop_began = time.perf_counter()
     while step < cfg.max_steps and not stop:
@@ -443,13 +449,14 @@ def train(cfg: Config, process: Process) -> int:
         step += 1
         began = time.perf_counter()
         mean_loss = torch.zeros((), device=device)
+        weights = cast_weights(ddp, dtype)  # once for all micro-steps
         for micro_step in range(accumulation):
             x, y = (t.to(device, non_blocking=True) for t in next(batches))
             # DDP decides in the forward pass whether the backward pass will send gradients: once a step is enough.
             ddp.require_backward_grad_sync = micro_step == accumulation - 1
             positions = document_positions(x, tokenizer.bos_id) if cfg.document_mask else None
             with autocast:
-                loss = ddp(x, y, positions=positions)
+                loss = functional_call(ddp, weights, (x, y), {"positions": positions}, tie_weights=False)
             (loss / accumulation).backward()
             mean_loss += loss.detach() / accumulation
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -485,6 +492,7 @@ def train(cfg: Config, process: Process) -> int:
             "mfu": tokens_per_sec * flops / peak,
         }
         metrics.write(row)
+        profiler.step()
 
         # ---- along the way
         last = step == cfg.max_steps

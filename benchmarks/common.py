@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model import ModelConfig
-from model_utils import peak_flops
+from model_utils import fastest_dtype, peak_flops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The shape of the design's figures, as it is in train.py's CONFIGURATION, and a small one that a laptop can train.
@@ -106,11 +106,12 @@ def _peak_memory() -> float:
 
 
 def take_turns(workers: list[Worker], turns: int) -> dict[str, list[dict]]:
-    """Every way's results, turn by turn; each with the machine's matmul rate behind its turn, in FLOP/s, as "peak"."""
+    """Every way's results, turn by turn; each with the device's matmul rate in its fastest dtype, measured behind the
+    turn (a known GPU's published one), in FLOP/s, as "peak"."""
     rows: dict[str, list[dict]] = {name: [] for worker in workers for name in worker.names}
     for turn in range(turns):
         results = {name: worker.turn(name) for worker in workers for name in worker.names}
-        peak = peak_flops(DEVICE, torch.bfloat16)
+        peak = peak_flops(DEVICE, fastest_dtype(DEVICE))
         for name, result in results.items():
             print(f"turn {turn}: {name}: {result['seconds']:.2f} s", file=sys.stderr, flush=True)
             rows[name].append(result | {"peak": peak})
