@@ -12,22 +12,25 @@ class NullProfiler:
 
     def step(self) -> None: ...
 
+    def finish(self) -> None: ...
+
 
 class StepProfiler:
-    """Records `steps` steps behind the first two, which compile and warm up.
+    """Records `steps` steps behind the first two, which compile and warm up, with what lies between them.
 
-    Then it prints the ten costliest operations and leaves `trace.json`, for chrome://tracing or ui.perfetto.dev, in
-    `folder`; on CUDA also `memory.pickle`, every allocation of the recorded steps, for pytorch.org/memory_viz.
+    Then it prints the ten costliest operations and leaves `trace.json`, for ui.perfetto.dev or chrome://tracing, in
+    `folder`; on CUDA also `memory.pickle`, every allocation meanwhile, for pytorch.org/memory_viz.
     """
 
     SKIPPED = 2
 
     def __init__(self, steps: int, folder: Path, device: torch.device):
-        self.folder, self.device, self.steps, self.done = folder, device, steps, 0
+        self.folder, self.device, self.last = folder, device, self.SKIPPED + steps
+        self.done, self.finished = 0, False
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self.profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+        self.profiler = torch.profiler.profile(activities=activities)
 
     def step(self) -> None:
         """To be called behind every step."""
@@ -36,21 +39,27 @@ class StepProfiler:
             if self.device.type == "cuda":
                 torch.cuda.memory._record_memory_history()
             self.profiler.start()
-        elif self.done == self.SKIPPED + self.steps:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.profiler.stop()
-            self.report()
+        elif self.done == self.last:
+            self.finish()
 
-    def report(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def finish(self) -> None:
+        """To be called behind the run, which may end before all the steps are recorded."""
+        if self.finished:
+            return
+        self.finished, recorded = True, self.done - self.SKIPPED
+        if recorded <= 0:
+            print(f"nothing was profiled: the run has to go on for more than {self.SKIPPED} steps")
+            return
+        kind = self.device.type if self.device.type == "cuda" else "cpu"
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        self.profiler.stop()
+        self.folder.mkdir(exist_ok=True)
         self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
-        kind = "cuda" if self.device.type == "cuda" else "cpu"
-        table = self.profiler.key_averages().table(
-            sort_by=f"self_{kind}_time_total", row_limit=10, max_name_column_width=50
-        )
-        print(f"The ten costliest operations of {self.steps} steps; {self.folder / 'trace.json'} has them all\n{table}")
-        if self.device.type == "cuda":
+        operations = self.profiler.key_averages()
+        print(f"the ten costliest operations of {recorded} steps; {self.folder / 'trace.json'} has them all")
+        print(operations.table(sort_by=f"self_{kind}_time_total", row_limit=10, max_name_column_width=50))
+        if kind == "cuda":
             torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
 

@@ -527,6 +527,7 @@ def train(cfg: Config, process: Process) -> int:
             folder, keep = out_dir / "checkpoints", cfg.keep_checkpoints
             in_main_process(partial(save_checkpoint, folder, checkpoint, keep=keep, is_best=is_best), process)
             process.print(f"step {step:>6}  saved in {folder}")
+    profiler.finish()
     metrics.close()
     if step < cfg.max_steps:
         process.print(f"stopped behind step {step} by {signal.Signals(stop).name}; --resume True goes on there")

@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model import ModelConfig, Transformer, document_positions
+from model_utils import fastest_dtype
 from optimizers import build_optimizers
 
 VOCAB, BOS = 8192, 8000
@@ -42,7 +43,7 @@ def main() -> None:
         tokens, targets = torch.randint(BOS, (2, *shape), device=device)
         tokens[torch.rand(shape, device=device) < 1 / args.document_tokens] = BOS
         began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=fastest_dtype(device) == torch.bfloat16):
             loss = model(tokens, targets, positions=document_positions(tokens, BOS) if masked else None)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloaders import TokenStream, TrainWindows
 from files import MANIFEST, SHARD_FORMAT_VERSION, shard_name
 from model import ModelConfig, Transformer
+from model_utils import fastest_dtype
 from optimizers import build_optimizers
 
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def measure_loaders(root: Path, B: int, T: int, batches: int, turns: int) -> dic
 
 
 def measure_waiting(root: Path, steps: int) -> dict[str, float]:
-    """Medians of a training step (dim 256, 6 layers, 8,192 ids, 16 x 256, bf16, compiled): all of it, and its wait."""
+    """Medians of a training step (dim 256, 6 layers, 8,192 ids, 16 x 256, compiled): all of it, and its wait."""
     config = ModelConfig(dim=256, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=MODEL_VOCAB, max_seq_len=256)
     model = Transformer(config)
     [optimizer] = build_optimizers(
@@ -109,7 +110,7 @@ def measure_waiting(root: Path, steps: int) -> dict[str, float]:
         began = time.perf_counter()
         x, y = next(it)
         waits.append(time.perf_counter() - began)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fastest_dtype(CPU) == torch.bfloat16):
             loss = model(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -9,10 +9,13 @@ import random
 import struct
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import ModelConfig, Transformer
 from model_utils import (
@@ -20,6 +23,7 @@ from model_utils import (
     NullRun,
     Process,
     can_compile,
+    cast_weights,
     checkpoints_in,
     config_as_dict,
     fastest_dtype,
@@ -299,6 +303,49 @@ def test_muon_takes_the_steps_of_torchs(monkeypatch, largest_batch):
             optimizer.step()
     for p, q, before in zip(ours, theirs, start, strict=True):
         assert (p - q).norm() < 0.01 * (q - before).norm()
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each tensor, by its address, is cast to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.counts[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
+def test_weights_cast_once_for_all_micro_steps_give_the_gradients_of_autocast(config):
+    model = Transformer(config)
+    tokens, targets = torch.randint(512, (2, 3, 2, 16))
+    gradients = []
+    for weights_of in (lambda: {}, lambda: cast_weights(model, torch.bfloat16)):
+        with Casts() as casts:
+            weights = weights_of()
+            for x, y in zip(tokens, targets, strict=True):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = functional_call(model, weights, (x, y), tie_weights=False)
+                loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad()
+    for name, p in model.named_parameters():
+        # The embedding is a look-up; as the output layer's matrix too, it is cast where the loss needs it.
+        looked_up = 3 if config.tie_embeddings else 0
+        expected = looked_up if name == "tok_embeddings.weight" else int(p.dim() == 2)
+        assert casts.counts[p.data_ptr()] == expected, name
+    for name, gradient in gradients[0].items():
+        if name == "output.weight":  # rounded to bfloat16 in each micro-step, where the other is not
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=0.02, atol=1e-4)
+        else:
+            assert torch.equal(gradients[1][name], gradient), name
+
+
+def test_float32_needs_no_casts():
+    assert cast_weights(Transformer(TINY), torch.float32) == {}
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -1,0 +1,91 @@
+"""One process of all cores against two that halve them: train.py's tokens a second, and the loss that each ends with.
+
+    python benchmarks/data_parallel.py                 dim 256, 6 layers, 8,192 ids, 4,096 tokens a step: 3 minutes
+    python benchmarks/data_parallel.py --processes 8   GPUs, if this machine has as many, else shares of its cores
+
+Both train the same model on the same windows of the sample corpus, in turns. What data parallelism costs is what the
+second loses: the gradients' way between the processes, as far as it does not hide behind the backward pass.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import DEVICE, SHAPES, report
+
+from load_fineweb_dataset import prepare
+from model import ModelConfig, Transformer
+from model_utils import fastest_dtype, flops_per_token, peak_flops
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+TOKENS = 16 * 256  # a step, over all processes
+SKIPPED = 3  # steps, in which compiling happens
+
+
+def run(processes: int, data_root: str, steps: int) -> dict:
+    """train.py's own figures: the median step's tokens a second, the last loss."""
+    with tempfile.TemporaryDirectory() as out_dir:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        fields = {f"model.{name}": value for name, value in SHAPES["small"].items()} | {
+            "model.max_seq_len": 256,
+            "data_root": data_root,
+            "out_dir": out_dir,
+            "batch_size": TOKENS // 256 // processes,
+            "total_batch_size": TOKENS,
+            "max_steps": SKIPPED + steps,
+            "warmup_steps": SKIPPED,
+            "val_every": 0,
+            "val_tokens": TOKENS,
+            "hellaswag_every": 0,
+            "generate_every": 0,
+            "save_every": 0,
+        }
+        flags = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+        command = [*(start if processes > 1 else [sys.executable]), str(TRAIN), *flags]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "train_loss" in row]
+    return {
+        "tokens_per_sec": statistics.median(row["tokens_per_sec"] for row in rows[SKIPPED:]),
+        "last_loss": rows[-1]["train_loss"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2, help="against one (default: 2)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each in a turn (default: 20)")
+    parser.add_argument("--turns", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    args = parser.parse_args()
+    with torch.device("meta"):
+        flops = flops_per_token(Transformer(ModelConfig(**SHAPES["small"], max_seq_len=256)))
+    rows: dict[int, list[dict]] = {1: [], args.processes: []}
+    with tempfile.TemporaryDirectory() as data_root:
+        prepare(["sample"], data_root, vocab_size=SHAPES["small"]["vocab_size"], show_progress=False)
+        for _ in range(args.turns):
+            for processes, results in rows.items():
+                peak = peak_flops(DEVICE, fastest_dtype(DEVICE))
+                results.append(run(processes, data_root, args.steps) | {"peak": peak})
+    result = {}
+    for processes, results in rows.items():
+        row = {key: statistics.median(r[key] for r in results) for key in results[0]}
+        row["share_of_peak"] = row["tokens_per_sec"] * flops / row["peak"]
+        row["of_one"] = row["tokens_per_sec"] / statistics.median(r["tokens_per_sec"] for r in rows[1])
+        result[f"{processes} process{'es' if processes > 1 else ''}"] = row
+    columns = {
+        "tokens/s": lambda row: f"{row['tokens_per_sec']:,.0f}",
+        "of one process": lambda row: f"{row['of_one']:.0%}",
+        "of the matmul rate": lambda row: f"{row['share_of_peak']:.0%}",
+        "last loss": lambda row: f"{row['last_loss']:.4f}",
+    }
+    report(f"small, 16 x 256 tokens a step, {DEVICE.type}", columns, result, args.json)
+
+
+if __name__ == "__main__":
+    main()

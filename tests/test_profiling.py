@@ -1,0 +1,55 @@
+"""profiling.py: what --profile leaves and prints. CPU, no network."""
+
+import json
+
+import pytest
+import torch
+
+from model_utils import Process
+from profiling import StepProfiler, start_profiler
+
+CPU = torch.device("cpu")
+
+
+def work() -> None:
+    torch.ones(64, 64) @ torch.ones(64, 64)
+
+
+def counts(folder) -> dict[str, int]:
+    """How often each operation stands in the trace."""
+    names = [event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]]
+    return {name: names.count(name) for name in set(names)}
+
+
+@pytest.mark.parametrize(("steps", "run", "recorded"), [(3, 9, 3), (3, 5, 3), (3, 4, 2)])
+def test_steps_behind_the_first_two_are_recorded(tmp_path, capsys, steps, run, recorded):
+    profiler = StepProfiler(steps, tmp_path / "profile", CPU)
+    for _ in range(run):
+        work()
+        profiler.step()
+    profiler.finish()
+    assert counts(tmp_path / "profile")["aten::mm"] == recorded
+    out = capsys.readouterr().out
+    assert out.count(f"the ten costliest operations of {recorded} steps") == 1
+    rows = [line for line in out.splitlines() if line.lstrip().startswith("aten::")]
+    assert 0 < len(rows) <= 10 and any("aten::mm" in row for row in rows)
+
+
+@pytest.mark.parametrize("run", [0, 1, 2])
+def test_a_run_too_short_to_profile_says_so(tmp_path, capsys, run):
+    profiler = StepProfiler(3, tmp_path / "profile", CPU)
+    for _ in range(run):
+        profiler.step()
+    profiler.finish()
+    assert "more than 2 steps" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("steps", "rank"), [(0, 0), (3, 1)])
+def test_nothing_is_recorded_unless_asked_for_and_in_one_process_alone(tmp_path, capsys, steps, rank):
+    profiler = start_profiler(steps, tmp_path / "profile", Process(rank, 2, CPU))
+    for _ in range(6):
+        work()
+        profiler.step()
+    profiler.finish()
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
