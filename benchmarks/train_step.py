@@ -19,61 +19,84 @@ from functools import partial
 
 import torch
 from common import DEVICE, SHAPES, Worker, hugging_face, medians, report, take_turns
+from torch.func import functional_call
 
 from model import ModelConfig, Transformer
-from model_utils import fastest_dtype, flops_per_token
+from model_utils import cast_weights, fastest_dtype, flops_per_token, keep_freed_memory
 from optimizers import build_optimizers
 
 
 def make_update(
-    model: torch.nn.Module, loss_of: Callable, config: ModelConfig, shape: tuple[int, int], accumulation: int
+    model: torch.nn.Module, start: Callable, config: ModelConfig, shape: tuple[int, int], accumulation: int
 ) -> Callable[..., dict]:
-    """A function that does one update as train.py does it, on random tokens; it returns how long its optimizer took."""
+    """A function that does one update as train.py does it, on random tokens, and returns how long it took.
+
+    `start(dtype)` begins the update; it returns the loss as a function of tokens and targets.
+    """
     [optimizer] = build_optimizers(
         model, optimizer="adamw", max_lr=1e-3, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95)
     )
 
-    def update(dtype: str, stance: str) -> dict:
+    def update(dtype: str, stance: str) -> dict[str, float]:
+        began = time.perf_counter()
         with torch.compiler.set_stance(stance):
+            loss_of = start(dtype)
             for _ in range(accumulation):
                 tokens, targets = torch.randint(config.vocab_size, (2, *shape), device=DEVICE)
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                     loss = loss_of(tokens, targets)
                 (loss / accumulation).backward()
         loss.item()  # waits for a GPU
-        began = time.perf_counter()
+        computed = time.perf_counter()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        return {"optimizer_seconds": time.perf_counter() - began}
+        end = time.perf_counter()
+        return {"seconds": end - began, "optimizer_seconds": end - computed}
 
     return update
 
 
-def ways(update: Callable[..., dict], name: str, dtypes: list[str]) -> dict[str, Callable[[], dict]]:
+def ways(update: Callable[..., dict], name: str, dtypes: list[str], steps: int) -> dict[str, Callable[[], dict]]:
+    """The last of `steps` updates counts: those before it take up the memory that a run has for good."""
+
+    def turn(dtype: str, stance: str) -> dict[str, float]:
+        results = [update(dtype, stance) for _ in range(steps)]
+        return results[-1] | {"first_step_seconds": results[0]["seconds"]}
+
     return {
-        f"{name}, {dtype}{how}": partial(update, dtype, stance)
+        f"{name}, {dtype}{how}": partial(turn, dtype, stance)
         for dtype in dtypes
         for how, stance in ((", compiled", "default"), ("", "force_eager"))
     }
 
 
-def ours(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str]) -> dict:
+def ours(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str], steps: int) -> dict:
+    keep_freed_memory()  # as train.py does
     model = Transformer(config).to(DEVICE)
     model.compile_blocks()
-    return ways(make_update(model, model, config, shape, accumulation), "ours", dtypes)
+
+    def start(dtype: str) -> Callable:
+        weights = cast_weights(model, getattr(torch, dtype))
+        return lambda tokens, targets: functional_call(model, weights, (tokens, targets))
+
+    return ways(make_update(model, start, config, shape, accumulation), "ours", dtypes, steps)
 
 
-def theirs(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str]) -> dict:
+def theirs(
+    config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str], steps: int, keep: bool
+) -> dict:
+    if keep:
+        keep_freed_memory()
     model = hugging_face(config).train()
 
     @torch.compile(dynamic=False)
     def loss_of(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
 
-    return ways(make_update(model, loss_of, config, shape, accumulation), "Hugging Face", dtypes)
+    return ways(make_update(model, lambda dtype: loss_of, config, shape, accumulation), "Hugging Face", dtypes, steps)
 
 
 def main() -> None:
@@ -89,23 +112,27 @@ def main() -> None:
         default=[str(fastest_dtype(DEVICE)).removeprefix("torch.")],
         help="of the matrix products (default: the one that this device multiplies fastest)",
     )
-    parser.add_argument("--turns", type=int, default=3, help="steps of each way (default: 3)")
+    parser.add_argument("--steps", type=int, default=2, help="steps a turn, of which the last counts (default: 2)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each way (default: 3)")
+    parser.add_argument(
+        "--peer_keeps_memory", action="store_true", help="model_utils.keep_freed_memory for the peer too"
+    )
     parser.add_argument("--cold", action="store_true", help="compile anew; else a build cached on the disk is taken")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
     config = ModelConfig(**SHAPES[args.shape], max_seq_len=args.seq_len)
-    job = config, (args.batch_size, args.seq_len), args.accumulation, args.dtypes
+    job = config, (args.batch_size, args.seq_len), args.accumulation, args.dtypes, args.steps
     tokens = args.batch_size * args.seq_len * args.accumulation
     with torch.device("meta"):
         flops = tokens * flops_per_token(Transformer(config))
     with tempfile.TemporaryDirectory() as cold:
         if args.cold:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold
-        workers = [Worker(ours, *job), Worker(theirs, *job)]
+        workers = [Worker(ours, *job), Worker(theirs, *job, args.peer_keeps_memory)]
         rows = take_turns(workers, args.turns + 1)  # the first compiles
     result = medians({name: r[1:] for name, r in rows.items()})
     for name, row in result.items():
-        row["first_step_seconds"] = rows[name][0]["seconds"]
+        row["first_step_seconds"] = rows[name][0]["first_step_seconds"]
         row["tokens_per_sec"] = tokens / row["seconds"]
         row["share_of_peak"] = flops / row["seconds"] / row["peak"]
     columns = {

@@ -1,6 +1,7 @@
 """model_utils.py and optimizers.py: devices, the schedule, checkpoints that survive, records. CPU, no network."""
 
 import builtins
+import ctypes
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from model_utils import (
     fastest_dtype,
     find_checkpoint,
     flops_per_token,
+    keep_freed_memory,
     load_checkpoint,
     load_model,
     peak_flops,
@@ -181,6 +183,28 @@ def test_bf16_is_taken_where_the_hardware_multiplies_it(monkeypatch, has_bf16):
     for name in ("avx512_bf16", "amx_bf16", "bf16"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"avx2": True, name: has_bf16})
         assert fastest_dtype(torch.device("cpu")) == expected
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc has the switches")
+def test_kept_memory_comes_without_page_faults():
+    """In a process of its own, which keeps its memory to its end."""
+    lines = """
+import resource, torch
+from model_utils import keep_freed_memory
+keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(50_000_000)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, second = map(int, run.stdout.split())
+    assert first > 90 and second < first / 10  # pages of 4 KB, or huge ones of 2 MB
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    keep_freed_memory()
 
 
 def factor(step: int, **changes) -> float:

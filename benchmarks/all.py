@@ -1,0 +1,121 @@
+"""Every benchmark, and from their figures the table in README.md: nothing may get slower unnoticed.
+
+    python benchmarks/all.py                     all of them: an hour and a half on two cores
+    python benchmarks/all.py --only generation   those whose name holds the word; the other rows stay as they are
+
+A row compares our fastest way with the peer's fastest. The new table replaces the old one between its two marks; where
+a ratio has fallen by more than a tenth, the row is named and the exit status is 1.
+"""
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from common import machine
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- benchmarks/all.py writes from here -->", "<!-- to here -->"
+HEAD = "| what | command | ours | peer | ratio | of the matmul rate | peak memory, GiB, ours / peer |"
+
+
+@dataclass(frozen=True)
+class Row:
+    command: str  # script and flags
+    peers: str = "Hugging Face"  # how the names of the peer's ways begin
+    figure: str = "tokens_per_sec"
+    unit: str = "tokens/s"
+
+
+SMALL = "train_step.py --shape small --seq_len 256"
+ROWS = {
+    "training step, original shape, 4 x 1,024": Row("train_step.py"),
+    "training step, original shape, 2 x 512": Row("train_step.py --batch_size 2 --seq_len 512"),
+    "training step, original shape, 1 x 4,096": Row("train_step.py --batch_size 1 --seq_len 4096"),
+    "training step, small shape, 16 x 256": Row(f"{SMALL} --batch_size 16 --steps 5 --turns 5"),
+    "training step, small shape, 4 micro-steps": Row(f"{SMALL} --batch_size 4 --accumulation 4 --steps 5 --turns 5"),
+    "generation, greedy": Row("generate.py --sampling greedy"),
+    "generation, sampled": Row("generate.py --sampling sampled"),
+    "HellaSwag, one example at a time": Row("hellaswag.py", "one example", "examples_per_sec", "examples/s"),
+    "HellaSwag, Hugging Face": Row("hellaswag.py", "Hugging Face", "examples_per_sec", "examples/s"),
+    "two processes, against one": Row("data_parallel.py", "1 process"),
+}
+
+
+@cache
+def measure(command: str) -> dict[str, dict]:
+    """The ways of a benchmark, by name, with their figures."""
+    print(f"+ python benchmarks/{command}", file=sys.stderr, flush=True)
+    script, *flags = command.split()
+    call = [sys.executable, str(HERE / script), *flags, "--json"]
+    output = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])["ways"]
+
+
+def as_line(name: str) -> str:
+    row, figure = ROWS[name], ROWS[name].figure
+    ways = measure(row.command)
+    of_peer = {way: figures for way, figures in ways.items() if way.startswith(row.peers)}
+    of_ours = {way: figures for way, figures in ways.items() if way.startswith("ours") or "processes" in way}
+    ours, peer = (max(some.values(), key=lambda figures: figures[figure]) for some in (of_ours, of_peer))
+    peer_name = next(way for way, figures in of_peer.items() if figures is peer)
+
+    def pair(key: str, form: str) -> str:
+        return " / ".join(format(figures[key], form) if key in figures else "-" for figures in (ours, peer))
+
+    share = "share_of_matmul_rate" if "share_of_matmul_rate" in ours else "share_of_peak"
+    form = ",.0f" if ours[figure] >= 100 else ".2f"
+    cells = [
+        name,
+        f"`{row.command}`",
+        f"{ours[figure]:{form}} {row.unit}",
+        f"{peer[figure]:{form}} ({peer_name})",
+        f"{ours[figure] / peer[figure]:.2f}",
+        pair(share, ".0%"),
+        pair("peak_gib", ".1f"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def rows_of(table: str) -> dict[str, str]:
+    """The lines of a table by their first cell."""
+    return {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("| ")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a word that the names of the rows to measure hold (default: all)")
+    args = parser.parse_args()
+    names = [name for name in ROWS if args.only in name]
+    if not names:
+        parser.error(f"--only {args.only}: no row's name holds it; there are: {'; '.join(ROWS)}")
+    text = README.read_text(encoding="utf-8")
+    old = rows_of(text[text.index(BEGIN) : text.index(END)])
+    rows, slower = dict(old), []
+    for name in names:
+        rows[name] = as_line(name)
+        print(rows[name], flush=True)
+        if name in old:
+            before, now = (float(line.split(" | ")[4]) for line in (old[name], rows[name]))
+            if now < 0.9 * before:
+                slower.append(f"{name}: {before} times the peer before, {now} now")
+    lines = [rows[name] for name in ROWS if name in rows]
+    date = datetime.date.today().isoformat()
+    table = f"{HEAD}\n{re.sub(r'[^|]+', ' --- ', HEAD)}\n" + "\n".join(lines)
+    note = f"{machine()}, {date}" + (f" ({args.only}; other rows are older)" if args.only else "")
+    text = README.read_text(encoding="utf-8")
+    text = text[: text.index(BEGIN)] + f"{BEGIN}\n{note}:\n\n{table}\n" + text[text.index(END) :]
+    README.write_text(text, encoding="utf-8")
+    for line in slower:
+        print(f"slower: {line}", file=sys.stderr)
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
