@@ -23,6 +23,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from dataloaders import TokenStream, validation_batches
@@ -853,6 +854,31 @@ def test_data_root_given_by_flag_is_never_replaced_by_the_sample(flags_for, tmp_
     assert_refused(mixed, "data_root=elsewhere: not a prepared folder")
     assert_refused(train_here(flags_for("run", data_root=["there", "there:2"])), "data_root: names there twice")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+class CastsOfGates(TorchDispatchMode):
+    """Counts how often a gate's matrix, w1 of some block, is cast to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.count += args[0].shape == (96, 32)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_an_update_whatever_its_micro_steps(flags_for, tmp_path):
+    counts = {}
+    for batch_size in (2, 8):  # 4 micro-steps, 1
+        with CastsOfGates() as casts:
+            flags = flags_for(
+                tmp_path / str(batch_size), batch_size=batch_size, dtype="bfloat16", max_steps=3, val_every=0
+            )
+            assert train_here(flags).status == 0
+        counts[batch_size] = casts.count
+    assert counts[2] == counts[8] >= 3 * 2 * 2  # w1 and w3 of two blocks, and validation's
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])
