@@ -192,14 +192,15 @@ def test_kept_memory_comes_without_page_faults():
 import resource, torch
 from model_utils import keep_freed_memory
 keep_freed_memory()
-for _ in range(2):
+for _ in range(30):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(50_000_000)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     run = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True)
-    first, second = map(int, run.stdout.split())
-    assert first > 90 and second < first / 10  # pages of 4 KB, or huge ones of 2 MB
+    faults = list(map(int, run.stdout.split()))
+    assert faults[0] > 90  # pages of 4 KB, or huge ones of 2 MB
+    assert sum(faults[-5:]) < faults[0]  # the first blocks may not lie where the next one fits
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
