@@ -275,7 +275,7 @@ def test_the_bytes_do_not_depend_on_what_is_handed_over_at_once(tmp_path, monkey
 
 
 WORKER_THAT_DIES = """
-import os, signal, sys
+import os, signal, sys, time
 import load_fineweb_dataset, sources
 from tokenizer import Tokenizer
 
@@ -285,6 +285,8 @@ encode_document = Tokenizer.encode_document
 def encode_or_die(self, text):
     if text == "out of memory":
         os.kill(os.getpid(), signal.SIGKILL)
+    if text == "takes its time":
+        time.sleep(1000)
     return encode_document(self, text)
 
 Tokenizer.encode_document = encode_or_die  # in the workers too: they import this file
@@ -295,16 +297,19 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no SIGKILL")
-def test_a_killed_worker_ends_the_run_with_its_cause_and_keeps_whole_shards(tmp_path):
-    texts = [*TEXTS * 9, "out of memory", *TEXTS * 9]
+@pytest.mark.parametrize("others", [[], ["takes its time", ""]])  # that worker's batch comes before the dead one's
+def test_a_killed_worker_ends_the_run_with_its_cause_and_keeps_whole_shards(tmp_path, others):
+    texts = [*TEXTS * 9, *others, "out of memory", *TEXTS * 19]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     args = ["--source", source, "--out_dir", tmp_path / "out", "--vocab_size", 600, "--shard_size", 100]
+    began = time.monotonic()
     done = run_script(tmp_path / "script.py", WORKER_THAT_DIES, *args, "--num_proc", 2)
+    assert time.monotonic() - began < 60  # a second or two, on a machine that does nothing else
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "a worker process died (signal 9)" in sentence(done.stderr)
     run([source], tmp_path / "out")
-    assert all_ids(tmp_path / "out") == ids_of(texts)
+    assert all_ids(tmp_path / "out") == ids_of([text for text in texts if text])
 
 
 WORKER_THAT_DIES_IDLE = """
@@ -380,9 +385,12 @@ def test_max_tokens_ends_behind_the_document_that_reaches_it(tmp_path, small_bat
     assert manifest["documents"] == documents
 
 
-def test_documents_behind_max_tokens_are_not_counted(tmp_path):
+@pytest.mark.parametrize("documents_at_once", [1, 3, 200])
+@pytest.mark.parametrize("max_tokens", [13, 20, 24])  # the second document reaches the last to the token
+def test_documents_behind_max_tokens_are_not_counted(tmp_path, monkeypatch, max_tokens, documents_at_once):
+    monkeypatch.setattr(sources, "BATCH_DOCUMENTS", documents_at_once)
     source = write_jsonl(tmp_path / "a.jsonl", ["", "a" * 10, None, "b" * 10, "", None, "c" * 10])
-    manifest = run([source], tmp_path / "out", vocab_size=512, max_tokens=20)
+    manifest = run([source], tmp_path / "out", vocab_size=512, max_tokens=max_tokens)
     assert manifest["documents"] == 2
     assert manifest["odd_documents"] == {"empty": 1, "null": 1}
 
