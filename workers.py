@@ -7,6 +7,7 @@ own, which ends with it. They are spawned, not forked: this process has threads,
 
 import multiprocessing
 import os
+import pickle
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
 from files import token_dtype
 from sources import Source, SourceError, read_ahead
-from tokenizer import Tokenizer, split_long
+from tokenizer import Tokenizer
 
 BATCHES_AHEAD = 64  # of about a megabyte: workers stay busy while a shard is brought to the disk
 LEFT_OUT = ("empty", "null", "not a string")  # kinds of documents that leave no trace but in the manifest's count
@@ -40,28 +42,26 @@ def tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.
         UnicodeDecodeError: the array's bytes are not UTF-8.
     """
     documents = documents if isinstance(documents, list) else documents.to_pylist()
-    ids, odd = [np.empty(0, dtype=np.uint32)] * len(documents), {}
+    ids, lengths, odd = [np.empty(0, dtype=np.uint32)], [], {}
     for i, document in enumerate(documents):
-        if oddity := _oddity(document):
-            odd[i] = oddity
-        if oddity not in LEFT_OUT:
-            ids[i] = tokenizer.encode_document(document)
-    lengths = np.array([len(i) for i in ids])
-    return np.concatenate(ids, dtype=token_dtype(tokenizer.vocab_size), casting="unsafe"), lengths, odd
-
-
-def _oddity(document: object) -> str | None:
-    if document is None:
-        return "null"
-    if not isinstance(document, str):
-        return "not a string"
-    if not document:
-        return "empty"
-    try:
-        document.encode()
-    except UnicodeEncodeError:
-        return "lone surrogates replaced"
-    return "too long for one piece" if len(list(split_long(document))) > 1 else None
+        pieces: list[np.ndarray] = []
+        if document is None:
+            odd[i] = "null"
+        elif not isinstance(document, str):
+            odd[i] = "not a string"
+        elif not document:
+            odd[i] = "empty"
+        else:
+            try:
+                pieces = tokenizer.encode_document(document)
+                if len(pieces) > 3:
+                    odd[i] = "too long for one piece"
+            except UnicodeEncodeError:
+                pieces = [np.array(tokenizer.encode(document, bos=True, eos=True), dtype=np.uint32)]
+                odd[i] = "lone surrogates replaced"
+        ids += pieces
+        lengths.append(sum(map(len, pieces)))
+    return np.concatenate(ids, dtype=token_dtype(tokenizer.vocab_size), casting="unsafe"), np.array(lengths), odd
 
 
 class Worker:
@@ -77,12 +77,11 @@ class Worker:
     def tokenize(self, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """`tokenize` over there. Raises what it raises, and SourceError when the process died."""
         try:
-            self.connection.send(documents)
-            answer = self.connection.recv()
+            _send(self.connection, documents)
+            answer = _receive(self.connection)
             if isinstance(answer, UnicodeDecodeError):
                 raise answer
-            dtype, *others = answer
-            return np.frombuffer(self.connection.recv_bytes(), dtype), *others
+            return answer
         except (EOFError, OSError) as error:
             self.process.join(5)  # its pipe ends a moment before it
             raise self.death() from error
@@ -103,12 +102,23 @@ def _work(connection: Connection, vocab_size: int) -> None:
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
             try:
-                ids, *others = tokenize(tokenizer, connection.recv())
+                answer = tokenize(tokenizer, _receive(connection))
             except UnicodeDecodeError as error:
-                connection.send(error)
-                continue
-            connection.send((ids.dtype, *others))
-            connection.send_bytes(ids.data)  # as they are: pickled, they would be copied twice more
+                answer = error
+            _send(connection, answer)
+
+
+def _send(connection: Connection, message: object) -> None:
+    """As `connection.send`, but texts and ids go as they lie there: in a pickle they would be copied once more."""
+    buffers: list[pickle.PickleBuffer] = []
+    connection.send((pickle.dumps(message, protocol=5, buffer_callback=buffers.append), len(buffers)))
+    for buffer in buffers:
+        connection.send_bytes(buffer.raw())
+
+
+def _receive(connection: Connection) -> Any:
+    message, num_buffers = connection.recv()
+    return pickle.loads(message, buffers=[connection.recv_bytes() for _ in range(num_buffers)])
 
 
 def tokenized(
