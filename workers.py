@@ -12,7 +12,8 @@ import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
@@ -97,7 +98,7 @@ class Worker:
 
 
 def _work(connection: Connection, vocab_size: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # see _interrupts_held_back; and for Windows
     tokenizer = Tokenizer(vocab_size=vocab_size)
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
@@ -121,6 +122,21 @@ def _receive(connection: Connection) -> Any:
     return pickle.loads(message, buffers=[connection.recv_bytes() for _ in range(num_buffers)])
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C reaches the whole process group, and this process alone answers it, after the block. Those that it starts
+    meanwhile inherit the mask; without it, they would show tracebacks of what they are importing."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # else it comes with the first process, and lifts the mask
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def tokenized(
     source: Source, first: int, tokenizer: Tokenizer, num_proc: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
@@ -136,7 +152,8 @@ def tokenized(
     if num_proc == 1:
         yield from (tokenize(tokenizer, batch) for batch in source.read(first))
         return
-    workers = [Worker(tokenizer.vocab_size) for _ in range(num_proc)]
+    with _interrupts_held_back():
+        workers = [Worker(tokenizer.vocab_size) for _ in range(num_proc)]
     idle: SimpleQueue = SimpleQueue()
     for worker in workers:
         idle.put(worker)

@@ -985,6 +985,20 @@ def test_ctrl_c_reaches_the_workers_without_a_traceback(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+@pytest.mark.parametrize("seconds", [0, 0.1, 0.3])
+def test_ctrl_c_while_the_workers_start_shows_no_traceback(tmp_path, seconds):
+    source = write_jsonl(tmp_path / "a.jsonl", ["text " * 20_000] * 500)
+    command = [sys.executable, REPO / "load_fineweb_dataset.py", "--source", source, "--out_dir", tmp_path / "out"]
+    process = subprocess.Popen([*command, "--num_proc", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not worker_pids(process.pid):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "stopped" in sentence(process.communicate(timeout=60)[1])
+    assert process.returncode == 130
+
+
 @pytest.mark.parametrize("vocab_size", [1, 511, 128_257])
 def test_a_vocabulary_that_cannot_be_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, vocab_size):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
