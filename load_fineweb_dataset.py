@@ -183,9 +183,12 @@ def _write_shards(
         _check_shards(out_dir, progress["shards"])
     document, offset, shards = progress["document"], progress["offset"], progress["shards"]
     odd_documents = Counter(progress["odd_documents"])
-    for leftover in [*out_dir.glob("edufineweb_*.npy"), *out_dir.glob(".*.tmp")]:
-        if leftover.name not in {shard["file"] for shard in shards}:
-            leftover.unlink()  # half a shard, or one whose progress was not noted: it will be written again
+    # Half a shard, or one whose progress was not noted, or the two of a single one that was split: written again.
+    leftovers = {path.name for path in out_dir.glob("edufineweb_*.npy")} - {shard["file"] for shard in shards}
+    if foreign := leftovers - {shard_name(len(shards)), shard_name(len(shards) + 1)}:
+        raise SourceError(f"{out_dir / min(foreign)}: not of this preparation; choose another --out_dir, or delete it")
+    for path in [*map(out_dir.joinpath, leftovers), *out_dir.glob(".*.tmp")]:
+        path.unlink()
     tokens = sum(shard["tokens"] for shard in shards) - offset  # up to the beginning of the document
 
     if isinstance(source, Hub):

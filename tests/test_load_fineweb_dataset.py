@@ -447,13 +447,27 @@ def test_a_garbage_manifest_is_named(tmp_path, monkeypatch, capsys, garbage):
     assert "manifest.json" in error
 
 
-def test_shards_of_a_killed_run_are_cleared(tmp_path):
-    (tmp_path / "out").mkdir()
-    for index in (0, 1, 99):
+def write_leftovers(folder, *indices):
+    folder.mkdir()
+    for index in indices:
         name = f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
-        np.save(tmp_path / "out" / name, np.full(100, 7, dtype=np.uint16))
+        np.save(folder / name, np.full(100, 7, dtype=np.uint16))
+
+
+def test_shards_of_a_killed_run_are_cleared(tmp_path):
+    write_leftovers(tmp_path / "out", 0, 1)
+    (tmp_path / "out" / ".edufineweb_train_000002.npy.123.tmp").write_text("half")
     run([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out")
     assert all_ids(tmp_path / "out") == ids_of(TEXTS)
+
+
+def test_shards_of_another_program_are_not_deleted(tmp_path):
+    """build-nanogpt's have the same names, and no manifest."""
+    write_leftovers(tmp_path / "out", 0, 1, 2)
+    before = contents(tmp_path / "out")
+    with pytest.raises(SourceError, match=r"edufineweb_train_000002\.npy: not of this preparation; choose another"):
+        run([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out")
+    assert contents(tmp_path / "out") == before
 
 
 # ---------------------------------------------------------------- killed, and started again
