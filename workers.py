@@ -9,11 +9,11 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
@@ -98,7 +98,7 @@ class Worker:
 
 
 def _work(connection: Connection, vocab_size: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # see _interrupts_held_back; and for Windows
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows none inherits it: see _interrupts_ignored
     tokenizer = Tokenizer(vocab_size=vocab_size)
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
@@ -123,18 +123,17 @@ def _receive(connection: Connection) -> Any:
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C reaches the whole process group, and this process alone answers it, after the block. Those that it starts
-    meanwhile inherit the mask; without it, they would show tracebacks of what they are importing."""
-    if not hasattr(signal, "pthread_sigmask"):
+def _interrupts_ignored() -> Iterator[None]:
+    """Ctrl-C reaches the whole process group, and this process alone answers it. Those that it starts meanwhile ignore
+    it from their first moment; else they would show tracebacks of what they import. It is deaf for milliseconds."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set this
         yield
         return
-    resource_tracker.ensure_running()  # else it comes with the first process, and lifts the mask
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
 
 
 def tokenized(
@@ -152,7 +151,7 @@ def tokenized(
     if num_proc == 1:
         yield from (tokenize(tokenizer, batch) for batch in source.read(first))
         return
-    with _interrupts_held_back():
+    with _interrupts_ignored():
         workers = [Worker(tokenizer.vocab_size) for _ in range(num_proc)]
     idle: SimpleQueue = SimpleQueue()
     for worker in workers:
