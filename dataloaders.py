@@ -19,6 +19,7 @@ import math
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,16 +39,17 @@ def folder_quotas(data_root: str | Sequence[str]) -> dict[str, int]:
     """Prepared folders and how many of every BLOCK windows each provides, from words `path` or `path:weight`.
 
     Raises:
-        ValueError: no folder is named, one is named twice, or its weight comes to no window.
+        ValueError: no folder is named, one is named twice, or its weight is not above 0 or comes to no window.
     """
     weights: dict[str, float] = {}
     for word in [data_root] if isinstance(data_root, str) else data_root:
-        path, _, number = word.rpartition(":")
-        try:
-            weight = float(number) if path else 0.0
-        except ValueError:  # a colon of the path's own, as in C:\\data
-            weight = 0.0
-        path, weight = (path, weight) if 0 < weight < math.inf else (word, 1.0)
+        path, weight = word, 1.0
+        head, colon, number = word.rpartition(":")
+        if colon:
+            with suppress(ValueError):  # no number: a colon of the path's own, as in C:\\data
+                path, weight = head, float(number)
+        if not path or not 0 < weight < math.inf:
+            raise ValueError(f"data_root: {word} is no path:weight with a weight above 0; give one, or leave it out")
         if Path(path) in map(Path, weights):
             raise ValueError(f"data_root: names {path} twice; give it once, with the sum of its weights")
         weights[path] = weight

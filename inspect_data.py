@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from files import MANIFEST, sha256_of, token_dtype
+from files import MANIFEST, SHARD_FORMAT_VERSION, sha256_of, shard_name, token_dtype
 from tokenizer import Tokenizer
 
 BLOCK = 2**22  # ids looked at together
@@ -25,10 +25,10 @@ def read_manifest(folder: str | Path) -> dict:
         raise ValueError(f"{path}: not found; the folder is prepared to its end when it is there")
     try:
         manifest = json.loads(path.read_text())
-        for key in ("vocab_size", "dtype", "tokenizer_fingerprint", "documents", "tokens"):
+        for key in ("format_version", "vocab_size", "dtype", "tokenizer_fingerprint", "documents", "tokens"):
             manifest[key]
         for shard in manifest["shards"]:
-            for key in ("file", "tokens", "documents", "text_bytes", "sha256"):
+            for key in ("file", "split", "tokens", "documents", "text_bytes", "sha256"):
                 shard[key]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -53,16 +53,22 @@ def verify(folder: str | Path, manifest: dict) -> str:
     tokenizer = Tokenizer(vocab_size=manifest["vocab_size"])
     if manifest["tokenizer_fingerprint"] != tokenizer.fingerprint:
         raise ValueError(f"{folder / MANIFEST}: written with another tokenizer than tokenizer.model; prepare it anew")
+    dtype = token_dtype(tokenizer.vocab_size)
+    for key, due in (("format_version", SHARD_FORMAT_VERSION), ("dtype", dtype.name)):
+        if manifest[key] != due:
+            raise ValueError(f"{folder / MANIFEST}: {key} {manifest[key]} where {due} is due; prepare the folder anew")
     byte_lengths = tokenizer.token_byte_lengths().astype(np.uint8)
     totals = {"tokens": 0, "documents": 0, "text_bytes": 0}
-    for shard in tqdm(manifest["shards"], unit="shard"):
-        path = folder / shard["file"]
+    for index, shard in enumerate(tqdm(manifest["shards"], unit="shard")):
+        path = folder / shard_name(index)
         counted = {"tokens": 0, "documents": 0, "text_bytes": 0}
         try:
+            if (shard["file"], shard["split"]) != (path.name, "train" if index else "val"):
+                raise ValueError(f"the manifest has {shard['file']} of split {shard['split']} in its place")
             if sha256_of(path) != shard["sha256"]:
                 raise ValueError("its sha256 is not the manifest's")
-            if np.load(path, mmap_mode="r").dtype != token_dtype(tokenizer.vocab_size):
-                raise ValueError(f"its ids are not {token_dtype(tokenizer.vocab_size)}")
+            if np.load(path, mmap_mode="r").dtype != dtype:
+                raise ValueError(f"its ids are not {dtype}")
             for ids in _blocks(path):
                 if (largest := ids.max()) >= tokenizer.vocab_size:
                     raise ValueError(f"id {largest} is outside the vocabulary of {tokenizer.vocab_size}")

@@ -17,20 +17,13 @@ goes on behind the last whole shard. `manifest.json`, written last, describes th
 import argparse
 import io
 import json
-import multiprocessing
-import os
-import signal
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
-from functools import partial
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from hashlib import sha256
-from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -47,149 +40,15 @@ from files import (
     shard_name,
     token_dtype,
 )
-from sources import FINEWEB_TOKENS, Hub, Source, SourceError, open_source, read_ahead
-from tokenizer import Tokenizer, split_long
+from sources import FINEWEB_TOKENS, Hub, Source, SourceError, open_source
+from tokenizer import Tokenizer
+from workers import LEFT_OUT, num_cores, tokenized
 
 SAMPLE_ROOT = "data/sample"
 SAMPLE_VOCAB_SIZE = 4096
 SAMPLE_SHARD_SIZE = 2**17  # so that the validation shard is 4% of a corpus of about 3 million tokens
 
 PROGRESS = "progress.json"  # beside the shards until the manifest takes its place: what is whole, where to go on
-BATCHES_AHEAD = 64  # of about a megabyte: workers stay busy while a shard is brought to the disk
-LEFT_OUT = ("empty", "null", "not a string")  # kinds of documents that leave no trace but in the manifest's count
-
-
-# ---------------------------------------------------------------- documents -> ids, in worker processes
-
-
-def _tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Ids of the documents, one behind the other; how many of them are whose; and what is odd about which.
-
-    Args:
-        documents: a list, or an arrow array.
-
-    Raises:
-        UnicodeDecodeError: the array's bytes are not UTF-8.
-    """
-    documents = documents if isinstance(documents, list) else documents.to_pylist()
-    ids, odd = [np.empty(0, dtype=np.uint32)] * len(documents), {}
-    for i, document in enumerate(documents):
-        if oddity := _oddity(document):
-            odd[i] = oddity
-        if oddity not in LEFT_OUT:
-            ids[i] = tokenizer.encode_document(document)
-    lengths = np.array([len(i) for i in ids])
-    return np.concatenate(ids, dtype=token_dtype(tokenizer.vocab_size), casting="unsafe"), lengths, odd
-
-
-def _oddity(document: object) -> str | None:
-    if document is None:
-        return "null"
-    if not isinstance(document, str):
-        return "not a string"
-    if not document:
-        return "empty"
-    try:
-        document.encode()
-    except UnicodeEncodeError:
-        return "lone surrogates replaced"
-    return "too long for one piece" if len(list(split_long(document))) > 1 else None
-
-
-class Worker:
-    """A process that tokenizes, at the other end of a pipe of its own.
-
-    concurrent.futures' processes share one pipe for their results: of one that is killed while it writes, half a result
-    stays there, and the pool waits for the other half for ever. Here the pipe ends with its process. Spawned, not
-    forked: this process has threads, and a fork may inherit the locks that they hold.
-    """
-
-    def __init__(self, vocab_size: int):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, vocab_size), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def tokenize(self, documents: Sequence) -> tuple:
-        try:
-            self.connection.send(documents)
-            answer = self.connection.recv()
-            if isinstance(answer, UnicodeDecodeError):
-                raise answer
-            dtype, *others = answer
-            return np.frombuffer(self.connection.recv_bytes(), dtype), *others
-        except (EOFError, OSError) as error:
-            raise WorkerDiedError from error
-
-
-class WorkerDiedError(Exception):
-    pass
-
-
-def _work(connection: Connection, vocab_size: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
-    tokenizer = Tokenizer(vocab_size=vocab_size)
-    with suppress(EOFError, OSError):  # the parent has ended
-        while True:
-            try:
-                ids, *others = _tokenize(tokenizer, connection.recv())
-            except UnicodeDecodeError as error:
-                connection.send(error)
-                continue
-            connection.send((ids.dtype, *others))
-            connection.send_bytes(ids.data)  # as they are: pickled, they would be copied twice more
-
-
-def _tokenized(source: Source, first: int, tokenizer: Tokenizer, num_proc: int) -> Iterator[tuple]:
-    """`_tokenize` over the documents from number `first` on in `num_proc` processes, in the documents' order.
-
-    Raises:
-        SourceError: the source cannot be read, or a process died.
-    """
-    if num_proc == 1:
-        yield from map(partial(_tokenize, tokenizer), source.read(first))
-        return
-    workers = [Worker(tokenizer.vocab_size) for _ in range(num_proc)]
-    idle: SimpleQueue = SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
-
-    def tokenize(batch: Sequence) -> tuple:
-        worker = idle.get()  # there is a thread for each
-        try:
-            return worker.tokenize(batch)
-        finally:
-            idle.put(worker)
-
-    threads = ThreadPoolExecutor(num_proc)
-    try:
-        with closing(read_ahead(source.read(first), 4)) as batches:
-            ahead: deque = deque()
-            for batch in batches:
-                if batch is not None:
-                    ahead.append(threads.submit(tokenize, batch))
-                elif not all(worker.process.is_alive() for worker in workers):  # looked at while the source stalls
-                    raise WorkerDiedError
-                while ahead and (ahead[0].done() or len(ahead) > BATCHES_AHEAD + num_proc):
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-    except WorkerDiedError as error:
-        time.sleep(0.1)  # its pipe may end a moment before it
-        codes = sorted({worker.process.exitcode for worker in workers} - {None})
-        causes = [f"signal {-code}" if code < 0 else f"exit status {code}" for code in codes]
-        raise SourceError(
-            f"a worker process died ({', '.join(causes)}); if memory ran out, take a smaller --num_proc; "
-            "the same command goes on behind the last whole shard"
-        ) from error
-    finally:
-        for worker in workers:
-            worker.process.terminate()
-        threads.shutdown(cancel_futures=True)
-
-
-# ---------------------------------------------------------------- ids -> shards
 
 
 class ShardWriter:
@@ -324,9 +183,12 @@ def _write_shards(
         _check_shards(out_dir, progress["shards"])
     document, offset, shards = progress["document"], progress["offset"], progress["shards"]
     odd_documents = Counter(progress["odd_documents"])
-    for leftover in [*out_dir.glob("edufineweb_*.npy"), *out_dir.glob(".*.tmp")]:
-        if leftover.name not in {shard["file"] for shard in shards}:
-            leftover.unlink()  # half a shard, or one whose progress was not noted: it will be written again
+    # Half a shard, or one whose progress was not noted, or the two of a single one that was split: written again.
+    leftovers = {path.name for path in out_dir.glob("edufineweb_*.npy")} - {shard["file"] for shard in shards}
+    if foreign := leftovers - {shard_name(len(shards)), shard_name(len(shards) + 1)}:
+        raise SourceError(f"{out_dir / min(foreign)}: not of this preparation; choose another --out_dir, or delete it")
+    for path in [*map(out_dir.joinpath, leftovers), *out_dir.glob(".*.tmp")]:
+        path.unlink()
     tokens = sum(shard["tokens"] for shard in shards) - offset  # up to the beginning of the document
 
     if isinstance(source, Hub):
@@ -338,13 +200,13 @@ def _write_shards(
     with (
         ShardWriter(out_dir, shard_size, tokenizer, shards) as writer,
         tqdm(total=max_tokens, initial=tokens, unit="token", unit_scale=True, disable=not show_progress) as bar,
-        closing(_tokenized(source, document, tokenizer, num_proc)) as results,
+        closing(tokenized(source, document, tokenizer, num_proc)) as results,
     ):
         for ids, lengths, odd in results:
             if max_tokens is not None and tokens >= max_tokens:
                 break
             ends = np.cumsum(lengths)
-            if max_tokens is not None and tokens + len(ids) > max_tokens:
+            if max_tokens is not None and tokens + len(ids) >= max_tokens:
                 lengths = lengths[: np.searchsorted(ends, max_tokens - tokens) + 1]
                 ends = ends[: len(lengths)]
                 ids = ids[: ends[-1]]
@@ -419,11 +281,6 @@ def _locked(out_dir: Path) -> Iterator[None]:
     finally:
         if not any(out_dir.iterdir()):
             out_dir.rmdir()
-
-
-def num_cores() -> int:
-    """Those that this process may use, which in a container or a batch job are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> int:

@@ -81,7 +81,7 @@ def open_source(words: list[str], *, stream: bool = False) -> Source:
     paths = [Path(word) for word in words]
     for path in paths:
         if not path.name.endswith(SUFFIXES):
-            raise SourceError(f"{path}: name 'fineweb-edu', 'sample', or files that end in {', '.join(SUFFIXES)}")
+            raise SourceError(f"{path}: name fineweb-edu or sample alone, or files that end in {', '.join(SUFFIXES)}")
         if not path.is_file():
             raise SourceError(f"{path}: no such file; give paths of existing files")
     return Files(paths)
@@ -291,7 +291,7 @@ class Hub(Source):
         if self.stream:
             return []
         share = 1 if max_tokens is None else min(1, max_tokens / FINEWEB_TOKENS)
-        files = files[: math.ceil(share * len(files)) + 1]  # and the one that comes in ahead
+        files = files[: math.ceil(share * len(files)) + 2]  # and those ahead: one waits, one is on its way
         cached = {"repo_id": FINEWEB, "revision": self.revision, "repo_type": "dataset"}
         missing = [f for f in files if not try_to_load_from_cache(filename=f.path, **cached)]
         return [(Path(constants.HF_HUB_CACHE), sum(file.size for file in missing))]

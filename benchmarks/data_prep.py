@@ -26,9 +26,9 @@ import tiktoken
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from load_fineweb_dataset import num_cores
 from sources import open_source
 from tokenizer import SPLIT_PATTERN, Tokenizer
+from workers import num_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_SIZE = 20_000_000  # tokens: several shards of the default corpus

@@ -299,7 +299,7 @@ def mixture(tmp_path, weights=(0.7, 0.3)):
         (["a:1e-3", "b"], {"a": 1, "b": 999}),
         (["C:\\x", "C:\\y:3"], {"C:\\x": 250, "C:\\y": 750}),
         (["a:b:3", "a:b:c"], {"a:b": 750, "a:b:c": 250}),
-        (["a:nan", "b:-1"], {"a:nan": 500, "b:-1": 500}),
+        (["2024", "1:3"], {"2024": 250, "1": 750}),
     ],
 )
 def test_weights_become_whole_numbers_of_every_thousand_windows(words, quotas):
@@ -314,6 +314,8 @@ def test_weights_become_whole_numbers_of_every_thousand_windows(words, quotas):
         (["a", "b", "a:2"], "names a twice"),
         (["a", "./a/"], "twice"),
         (["a:1e-9", "b"], "weight of a comes to less"),
+        *[(["a", f"b:{weight}"], f"b:{weight} is no path:weight") for weight in ("0", "-1", "nan", "inf", "-0.0")],
+        ([":1"], ":1 is no path:weight"),
     ],
 )
 def test_mixtures_that_cannot_be_honoured_are_refused(words, message):

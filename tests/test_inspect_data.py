@@ -84,6 +84,27 @@ def test_totals_are_added_up_again(folder, monkeypatch, capsys, key):
     assert status == 1 and "manifest.json: " in err and f" {key} where its shards have" in err
 
 
+def change(manifest, key, value):
+    manifest[key] = value
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda manifest: change(manifest, "format_version", 2), "manifest.json: format_version 2 where 1 is due"),
+        (lambda manifest: change(manifest, "dtype", "uint32"), "manifest.json: dtype uint32 where uint16 is due"),
+        (lambda manifest: change(manifest["shards"][2], "split", "val"), "train_000002.npy: the manifest has"),
+        (lambda manifest: manifest["shards"].reverse(), "val_000000.npy: the manifest has edufineweb_train_000005"),
+    ],
+)
+def test_a_manifest_that_no_loader_would_take_or_in_another_order_is_told(folder, monkeypatch, capsys, damage, words):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    damage(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    status, _, err = main(monkeypatch, capsys, folder, "--verify")
+    assert status == 1 and words in err
+
+
 def test_missing_and_extra_shards_are_named(folder, monkeypatch, capsys):
     extra = folder / "edufineweb_train_000099.npy"
     shutil.copy(folder / "edufineweb_train_000001.npy", extra)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -275,7 +276,7 @@ def test_the_bytes_do_not_depend_on_what_is_handed_over_at_once(tmp_path, monkey
 
 
 WORKER_THAT_DIES = """
-import os, signal, sys
+import os, signal, sys, time
 import load_fineweb_dataset, sources
 from tokenizer import Tokenizer
 
@@ -285,6 +286,8 @@ encode_document = Tokenizer.encode_document
 def encode_or_die(self, text):
     if text == "out of memory":
         os.kill(os.getpid(), signal.SIGKILL)
+    if text == "takes its time":
+        time.sleep(1000)
     return encode_document(self, text)
 
 Tokenizer.encode_document = encode_or_die  # in the workers too: they import this file
@@ -295,16 +298,19 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no SIGKILL")
-def test_a_killed_worker_ends_the_run_with_its_cause_and_keeps_whole_shards(tmp_path):
-    texts = [*TEXTS * 9, "out of memory", *TEXTS * 9]
+@pytest.mark.parametrize("others", [[], ["takes its time", ""]])  # that worker's batch comes before the dead one's
+def test_a_killed_worker_ends_the_run_with_its_cause_and_keeps_whole_shards(tmp_path, others):
+    texts = [*TEXTS * 9, *others, "out of memory", *TEXTS * 19]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     args = ["--source", source, "--out_dir", tmp_path / "out", "--vocab_size", 600, "--shard_size", 100]
+    began = time.monotonic()
     done = run_script(tmp_path / "script.py", WORKER_THAT_DIES, *args, "--num_proc", 2)
+    assert time.monotonic() - began < 60  # a second or two, on a machine that does nothing else
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "a worker process died (signal 9)" in sentence(done.stderr)
     run([source], tmp_path / "out")
-    assert all_ids(tmp_path / "out") == ids_of(texts)
+    assert all_ids(tmp_path / "out") == ids_of([text for text in texts if text])
 
 
 WORKER_THAT_DIES_IDLE = """
@@ -380,9 +386,12 @@ def test_max_tokens_ends_behind_the_document_that_reaches_it(tmp_path, small_bat
     assert manifest["documents"] == documents
 
 
-def test_documents_behind_max_tokens_are_not_counted(tmp_path):
+@pytest.mark.parametrize("documents_at_once", [1, 3, 200])
+@pytest.mark.parametrize("max_tokens", [13, 20, 24])  # the second document reaches the last to the token
+def test_documents_behind_max_tokens_are_not_counted(tmp_path, monkeypatch, max_tokens, documents_at_once):
+    monkeypatch.setattr(sources, "BATCH_DOCUMENTS", documents_at_once)
     source = write_jsonl(tmp_path / "a.jsonl", ["", "a" * 10, None, "b" * 10, "", None, "c" * 10])
-    manifest = run([source], tmp_path / "out", vocab_size=512, max_tokens=20)
+    manifest = run([source], tmp_path / "out", vocab_size=512, max_tokens=max_tokens)
     assert manifest["documents"] == 2
     assert manifest["odd_documents"] == {"empty": 1, "null": 1}
 
@@ -439,13 +448,27 @@ def test_a_garbage_manifest_is_named(tmp_path, monkeypatch, capsys, garbage):
     assert "manifest.json" in error
 
 
-def test_shards_of_a_killed_run_are_cleared(tmp_path):
-    (tmp_path / "out").mkdir()
-    for index in (0, 1, 99):
+def write_leftovers(folder, *indices):
+    folder.mkdir()
+    for index in indices:
         name = f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
-        np.save(tmp_path / "out" / name, np.full(100, 7, dtype=np.uint16))
+        np.save(folder / name, np.full(100, 7, dtype=np.uint16))
+
+
+def test_shards_of_a_killed_run_are_cleared(tmp_path):
+    write_leftovers(tmp_path / "out", 0, 1)
+    (tmp_path / "out" / ".edufineweb_train_000002.npy.123.tmp").write_text("half")
     run([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out")
     assert all_ids(tmp_path / "out") == ids_of(TEXTS)
+
+
+def test_shards_of_another_program_are_not_deleted(tmp_path):
+    """build-nanogpt's have the same names, and no manifest."""
+    write_leftovers(tmp_path / "out", 0, 1, 2)
+    before = contents(tmp_path / "out")
+    with pytest.raises(SourceError, match=r"edufineweb_train_000002\.npy: not of this preparation; choose another"):
+        run([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out")
+    assert contents(tmp_path / "out") == before
 
 
 # ---------------------------------------------------------------- killed, and started again
@@ -975,6 +998,23 @@ def test_ctrl_c_reaches_the_workers_without_a_traceback(tmp_path):
     assert done.returncode == 130
     assert "stopped" in sentence(done.stderr)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+@pytest.mark.parametrize("seconds", [0.05, 0.1, 0.3])
+def test_ctrl_c_while_the_workers_start_shows_no_traceback(tmp_path, seconds):
+    source = write_jsonl(tmp_path / "a.jsonl", ["text " * 20_000] * 500)
+    command = [sys.executable, REPO / "load_fineweb_dataset.py", "--source", source, "--out_dir", tmp_path / "out"]
+    process = subprocess.Popen([*command, "--num_proc", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(worker_pids(process.pid)) < 2:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    while process.poll() is None:  # on a busy machine it may still be deaf
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+    assert process.returncode == 130
+    assert "stopped" in sentence(process.stderr.read())
 
 
 @pytest.mark.parametrize("vocab_size", [1, 511, 128_257])

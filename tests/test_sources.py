@@ -324,6 +324,8 @@ def test_what_the_disk_cannot_hold_is_refused_before_the_download(hub, tmp_path)
     assert "Traceback" not in done.stderr
     assert not any("/resolve/" in path for _, path, _ in hub.requests)
     assert not (tmp_path / "out").exists()
+    done = load(hub, tmp_path, "--max_tokens", "1000")  # in the first file; the two others come in behind it
+    assert f"needs {needed - 15_000_000_000 * 2 + 1000 * 2:,} bytes, and " in done.stderr.splitlines()[-1]
     hub.wrong_size = 0
     done = load(hub, tmp_path, "--max_tokens", "1000")
     assert done.returncode == 0, done.stderr  # for which there is room
