@@ -15,19 +15,48 @@ from model import KVCache, Transformer
 from model_utils import load_model, pick_device
 from tokenizer import Tokenizer
 
+CANDIDATES = 1024  # likeliest ids among which a nucleus is looked for; a trained model's has tens or hundreds
+
+
+def nucleus(probabilities: Tensor, top_p: float, candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:
+    """Each row's smallest set of ids whose probabilities reach `top_p` (Holtzman et al., arXiv 1904.09751).
+
+    Of ids equally likely the lower come first. From probabilities (B, V): ids (B, C), the likeliest first, and their
+    probabilities (B, C), 0 for those outside the set. C is `candidates`, or V where that is not enough for some row.
+    """
+    vocab_size = probabilities.shape[-1]
+    if candidates < vocab_size:  # sorting 128,256 ids takes as long as a small model does
+        ids = probabilities.topk(candidates, sorted=False).indices.sort().values
+    else:
+        ids = torch.arange(vocab_size, device=probabilities.device).expand_as(probabilities)
+    ranked, order = probabilities.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1) - ranked  # probability of all likelier ids; 0 for the first, which thus always stays
+    kept = before < top_p
+    # Ids as likely as the last candidate may have been left out, and all that are less likely were.
+    if candidates < vocab_size and (kept & (ranked == ranked[:, -1:])).any():
+        return nucleus(probabilities, top_p, vocab_size)
+    return ids.gather(-1, order), ranked.where(kept, 0)
+
 
 def sample_next(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Next ids (B,) from logits (B, V): the likeliest at temperature 0, else drawn from the nucleus, the smallest
-    set of ids whose probabilities reach `top_p` (Holtzman et al., arXiv 1904.09751)."""
+    """Next ids (B,) from logits (B, V): the likeliest at temperature 0, else drawn from the nucleus of `top_p`."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
-        ranked, ids = probabilities.sort(dim=-1, descending=True)
-        before = ranked.cumsum(-1) - ranked  # probability of all likelier ids; 0 for the first, which thus always stays
-        ranked = ranked.where(before < top_p, 0)
-        return ids.gather(-1, torch.multinomial(ranked, 1, generator=generator)).squeeze(-1)
+        ids, kept = nucleus(probabilities, top_p)
+        return ids.gather(-1, torch.multinomial(kept, 1, generator=generator)).squeeze(-1)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def next_logits(model: Transformer, x: Tensor) -> Tensor:
+    """Logits (B, V) of hidden states (B, D), one a row."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return model.output(x)
+    # A step takes as long as reading the weights does, and most of them are here. For so few rows x @ W.T runs on one
+    # core; of W @ x.T the cores share the rows of W, if x is a matrix: a single x is taken twice.
+    rows = x if len(x) > 1 else x.repeat(2, 1)
+    return (model.output.weight @ rows.T).T[: len(x)]
 
 
 @torch.inference_mode()
@@ -43,7 +72,8 @@ def generate(
 ) -> list[list[int]]:
     """Continue prompts of any lengths in one batch; return each one's new ids, without the stop token that ended it.
 
-    A row ends at a stop token, after `max_new_tokens`, or where its prompt and new ids fill `max_seq_len`.
+    A row ends at a stop token, after `max_new_tokens`, or where its prompt and new ids fill `max_seq_len`. The cache
+    has the weights' type, so a model cast to bf16 is read and remembered in bf16.
 
     Raises:
         ValueError: a prompt is empty or fills the context.
@@ -62,13 +92,13 @@ def generate(
 
     stop = torch.tensor(list(stop_tokens), dtype=torch.int64, device=parameter.device)
     hidden = model.hidden(padded, cache=cache)[torch.arange(len(prompts)), lengths - 1]  # (B, D), each row's last
-    new = [sample_next(model.output(hidden), temperature, top_p, generator)]
+    new = [sample_next(next_logits(model, hidden), temperature, top_p, generator)]
     ended = torch.isin(new[0], stop) | (lengths == longest - 1)
     while len(new) < max_new_tokens and not ended.all():
         # A row that has ended goes on to the others' end, within the cache; what it adds is cut off below.
         hidden = model.hidden(new[-1][:, None], cache=cache, start=lengths.clamp(max=cache_len - 1))
         lengths = lengths + 1
-        new.append(sample_next(model.output(hidden[:, 0]), temperature, top_p, generator))
+        new.append(sample_next(next_logits(model, hidden[:, 0]), temperature, top_p, generator))
         ended |= torch.isin(new[-1], stop) | (lengths >= longest - 1)
     texts = []
     for prompt, ids in zip(prompts, torch.stack(new, dim=1).tolist(), strict=True):

@@ -12,7 +12,8 @@ import torch
 from test_model import TINY, hf_twin, one_thread, random_model  # noqa: F401 (one_thread acts by being here)
 
 import generate as script
-from generate import complete, generate, sample_next
+from generate import CANDIDATES, complete, generate, next_logits, nucleus, sample_next
+from model import KVCache
 from model_utils import save_checkpoint
 from tokenizer import Tokenizer
 
@@ -90,6 +91,48 @@ def test_the_model_and_the_prompts_stay_as_they_were():
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()  # training goes on behind a sample
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_is_allocated_once_for_just_the_positions_needed(dtype, monkeypatch):
+    model, caches, seen = random_model().to(dtype), [], []
+
+    def allocate(*args):
+        caches.append(KVCache(*args))
+        return caches[-1]
+
+    def note(*_):
+        [cache] = caches
+        seen.append((cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape, cache.values.shape))
+
+    monkeypatch.setattr(script, "KVCache", allocate)
+    model.tok_embeddings.register_forward_hook(note)
+    generate(model, PROMPTS, max_new_tokens=20, temperature=0)
+    config, longest = model.config, max(map(len, PROMPTS))
+    assert len(seen) == 20
+    assert len(set(seen)) == 1
+    assert caches[0].keys.shape == (config.n_layers, 4, longest + 20, config.n_kv_heads, config.head_dim)
+    assert caches[0].keys.dtype == caches[0].values.dtype == dtype
+
+
+def test_a_model_cast_to_bf16_takes_ids_that_are_its_likeliest_without_a_cache_too():
+    """Likeliest but for rounding: sums of another order, rounded to 8 bits."""
+    model = random_model().to(torch.bfloat16)
+    for prompt, new in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=12, temperature=0), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1].float()
+        taken = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
+        torch.testing.assert_close(taken, logits.amax(-1), rtol=0, atol=0.03 * float(logits.std()))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_logits_of_a_few_rows_equal_the_output_layers(rows):
+    model = random_model()
+    x = torch.randn(rows, model.config.dim)
+    with torch.no_grad():
+        torch.testing.assert_close(next_logits(model, x), model.output(x), rtol=1e-5, atol=1e-5)
+        x, model = x.bfloat16(), model.to(torch.bfloat16)
+        torch.testing.assert_close(next_logits(model, x), model.output(x), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- where a row ends
@@ -249,6 +292,42 @@ def test_a_nucleus_of_half_a_large_vocabulary_is_that_half(dtype):
     ids = sample_next(logits, 1.0, 0.5, torch.Generator().manual_seed(0))
     assert ids.max() < 64_128
     assert len(ids.unique()) > 30
+
+
+def nucleus_by_sorting(probabilities, top_p):
+    """A row's ids, likeliest first and of equals the lower first, up to the one with which they reach `top_p`."""
+    ranked, ids = probabilities.sort(descending=True, stable=True)
+    size = int((ranked.cumsum(-1) - ranked < top_p).sum())
+    return ids[:size].tolist(), ranked[:size].tolist()
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 0.95, 0.999])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 2.0, 5.0, 50.0])  # from all alike to one that has it all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])  # bf16 and whole numbers have equals
+def test_the_nucleus_among_candidates_is_that_of_the_whole_vocabulary(top_p, spread, dtype):
+    logits = (spread * torch.randn(3, 3000, generator=torch.Generator().manual_seed(0))).to(dtype).float()
+    logits[1] /= 3
+    probabilities = logits.softmax(-1)
+    for candidates in (1, 2, 30, 1000, 3000, 5000):
+        ids, kept = nucleus(probabilities, top_p, candidates)
+        found = [(i[k > 0].tolist(), k[k > 0].tolist()) for i, k in zip(ids, kept, strict=True)]
+        assert found == [nucleus_by_sorting(row, top_p) for row in probabilities]
+
+
+def test_equals_of_the_last_candidate_are_not_lost():
+    """Of the ids 2 to 9, all alike, two are needed: the lower ones, whichever the candidates are."""
+    probabilities = torch.tensor([[0.1] + [0.3] + [0.075] * 8])
+    for candidates in range(1, 11):
+        ids, kept = nucleus(probabilities, 0.5, candidates)
+        assert ids[kept > 0].tolist() == [1, 0, 2, 3]
+
+
+def test_a_vocabulary_is_sorted_only_where_the_candidates_do_not_suffice():
+    logits = torch.randn(2, 128_256, generator=torch.Generator().manual_seed(0))
+    assert nucleus((6 * logits).softmax(-1), 0.95)[0].shape == (2, CANDIDATES)
+    assert nucleus(logits.softmax(-1), 0.95)[0].shape == (2, 128_256)
+    logits[0] *= 6  # one row that needs it is enough
+    assert nucleus(logits.softmax(-1), 0.95)[0].shape == (2, 128_256)
 
 
 def sampled(model, seed, **changes):

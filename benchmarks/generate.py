@@ -1,0 +1,156 @@
+"""Generating text against Hugging Face's generate: tokens a second, share of the memory's and the matmul rate, memory.
+
+    python benchmarks/generate.py                          4 prompts, 128 new tokens each: 5 minutes on two cores
+    python benchmarks/generate.py --dtypes bfloat16 --new_tokens 8 --turns 1     where bf16 is not in the hardware
+
+Prompts of 16, 32, ... tokens in one batch, no row ends early. Hugging Face's model runs on SDPA, with its dynamic cache
+and with its static one, for which it compiles the step. The ways take turns; figures are medians. The first turn, in
+which compiling happens, is a column of its own.
+
+A step reads all weights but the embedding's once. How fast is told as a share of the rate at which a sum over the
+output layer's weights, measured right behind, reads them.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from common import DEVICE, Worker, hugging_face, medians, report, take_turns
+
+from generate import generate
+from model import ModelConfig, Transformer
+from model_utils import peak_flops
+
+SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_p": 0.95}}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CONFIG = ModelConfig(dim=512, n_layers=8, n_heads=8, n_kv_heads=4, vocab_size=128_256)
+
+
+@dataclass
+class Job:
+    dtype: str
+    sampling: list[str]
+    new_tokens: int
+    batch_size: int
+
+    def prompts(self) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(0)
+        lengths = range(16, 16 * self.batch_size + 1, 16)
+        return [torch.randint(CONFIG.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def sharpen(output: torch.nn.Linear) -> None:
+    """Spread the logits to a deviation of 4, as training does: drawn at random they are so alike that the nucleus is
+    nine tenths of the vocabulary, not tens of ids."""
+    with torch.no_grad():
+        output.weight.mul_(4 / (0.02 * output.in_features**0.5))
+
+
+def measured(work: Callable[[], None], weight: torch.Tensor) -> dict[str, float]:
+    """How long the work takes, and right behind it the rates of the machine that bound it."""
+
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        work()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    result = {"seconds": seconds(work)}
+    words = weight.detach().view(torch.float32)  # bf16 in pairs: reading is to be timed, not adding
+    read = min(seconds(words.sum) for _ in range(5))
+    return result | {"read_rate": words.nbytes / read, "matmul_rate": peak_flops(DEVICE, weight.dtype)}
+
+
+def ours(job: Job) -> dict[str, Callable[[], dict]]:
+    model = Transformer(CONFIG).to(DEVICE, DTYPES[job.dtype]).eval()
+    sharpen(model.output)
+    prompts = job.prompts()
+
+    def work(settings: dict) -> None:
+        rows = generate(model, prompts, max_new_tokens=job.new_tokens, **settings)
+        assert [len(row) for row in rows] == [job.new_tokens] * job.batch_size
+
+    return {
+        f"ours, {job.dtype}, {name}": partial(measured, partial(work, SAMPLING[name]), model.output.weight)
+        for name in job.sampling
+    }
+
+
+def theirs(job: Job) -> dict[str, Callable[[], dict]]:
+    from transformers import CompileConfig
+
+    model = hugging_face(CONFIG).to(DTYPES[job.dtype]).eval()
+    sharpen(model.lm_head)
+    prompts = job.prompts()
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=DEVICE)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=DEVICE)
+    compiled = CompileConfig(mode="default" if DEVICE.type == "cpu" else "reduce-overhead")
+    compiled._compile_all_devices = True  # else it compiles on GPUs alone
+    caches = {
+        "dynamic cache": {},
+        "static cache, compiled": {"cache_implementation": "static", "compile_config": compiled},
+    }
+
+    def work(settings: dict, cache: dict) -> None:
+        draw = {"do_sample": True, "top_k": 0, **settings} if settings["temperature"] else {"do_sample": False}
+        ids = model.generate(
+            padded, attention_mask=mask, max_new_tokens=job.new_tokens, pad_token_id=0, **draw, **cache
+        )
+        assert ids.shape == (job.batch_size, longest + job.new_tokens)
+
+    return {
+        f"Hugging Face, {job.dtype}, {name}, {kind}": partial(
+            measured, partial(work, SAMPLING[name], cache), model.lm_head.weight
+        )
+        for name in job.sampling
+        for kind, cache in caches.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=4, help="prompts (default: 4)")
+    parser.add_argument("--new_tokens", type=int, default=128, help="tokens that each is continued by (default: 128)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of weights and cache")
+    parser.add_argument(
+        "--sampling",
+        nargs="+",
+        choices=SAMPLING,
+        default=list(SAMPLING),
+        help="how ids are chosen (default: both)",
+    )
+    parser.add_argument("--turns", type=int, default=3, help="of each way (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    args = parser.parse_args()
+    jobs = [Job(dtype, args.sampling, args.new_tokens, args.batch_size) for dtype in args.dtypes]
+    workers = [Worker(make, job) for job in jobs for make in (ours, theirs)]
+    rows = take_turns(workers, args.turns + 1)  # the first compiles
+    result = medians({name: r[1:] for name, r in rows.items()})
+    with torch.device("meta"):
+        model = Transformer(CONFIG)
+    weights = sum(p.numel() for p in model.parameters()) - model.tok_embeddings.weight.numel()
+    for name, row in result.items():
+        size = 4 if "float32" in name else 2  # bytes
+        row["first_turn_seconds"] = rows[name][0]["seconds"]
+        row["tokens_per_sec"] = args.batch_size * args.new_tokens / row["seconds"]
+        row["share_of_read_rate"] = size * weights * args.new_tokens / row["seconds"] / row["read_rate"]
+        row["share_of_matmul_rate"] = 2 * weights * row["tokens_per_sec"] / row["matmul_rate"]
+    columns = {
+        "tokens/s": lambda row: f"{row['tokens_per_sec']:,.0f}",
+        "ms a step": lambda row: f"{row['seconds'] / args.new_tokens * 1000:.1f}",
+        "of the memory's rate": lambda row: f"{row['share_of_read_rate']:.0%} of {row['read_rate'] / 1e9:.0f} GB/s",
+        "of the matmul rate": lambda row: f"{row['share_of_matmul_rate']:.0%}",
+        "peak memory, GiB": lambda row: f"{row['peak_gib']:.1f}",
+        "first turn, s": lambda row: f"{row['first_turn_seconds']:.0f}",
+    }
+    title = f"dim {CONFIG.dim}, {CONFIG.n_layers} layers, {args.batch_size} x {args.new_tokens} tokens"
+    report(title, columns, result, args.json)
+
+
+if __name__ == "__main__":
+    main()
