@@ -11,10 +11,10 @@ from hellaswag_utils import (
     as_metrics,
     benchmark_name,
     count_correct,
-    ending_log_probs,
     iterate_rows,
     load_examples,
     render,
+    score,
 )
 from model import ModelConfig, Transformer
 from model_utils import save_checkpoint
@@ -180,27 +180,25 @@ def test_a_file_without_rows_is_refused(tmp_path, tokenizer):
 
 
 def test_log_probabilities_equal_those_of_one_text_at_a_time(model):
-    texts = [(example.context, ending) for example in random_examples(20) for ending in example.endings]
-    with torch.no_grad():
-        scores = ending_log_probs(model, texts)
-    assert len(scores) == len(texts)
-    for (context, ending), score in zip(texts, scores, strict=True):
-        assert score.tolist() == pytest.approx(naive_log_probs(model, context, ending), abs=1e-4)
+    examples = random_examples(20)
+    for example, log_probs in zip(examples, score(model, examples), strict=True):
+        for ending, one in zip(example.endings, log_probs, strict=True):
+            assert one.tolist() == pytest.approx(naive_log_probs(model, example.context, ending), abs=1e-4)
 
 
 def test_counts_equal_those_of_one_text_at_a_time(model, examples, expected):
     assert count_correct(model, examples) == expected
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 40, 1000])
-def test_counts_do_not_depend_on_the_batch_size(model, examples, expected, batch_size):
-    assert count_correct(model, examples, batch_size=batch_size) == expected
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100, 333, 10_000])
+def test_counts_do_not_depend_on_the_batch_size(model, examples, expected, batch_tokens):
+    assert count_correct(model, examples, batch_tokens=batch_tokens) == expected
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 50])  # 50 processes: some have no example
 def test_the_shares_of_all_ranks_add_up_to_the_whole(model, examples, expected, world_size):
     shares = [
-        count_correct(model, examples, rank=rank, world_size=world_size, batch_size=3) for rank in range(world_size)
+        count_correct(model, examples, rank=rank, world_size=world_size, batch_tokens=90) for rank in range(world_size)
     ]
     assert [sum(column) for column in zip(*shares, strict=True)] == expected
     assert max(share[2] for share in shares) - min(share[2] for share in shares) <= 1
@@ -208,56 +206,49 @@ def test_the_shares_of_all_ranks_add_up_to_the_whole(model, examples, expected, 
 
 def test_acc_takes_the_sum_and_acc_norm_the_mean(model, monkeypatch):
     # Ending 0: three tokens of -1. Ending 1: one token of -2. The sum prefers 1, the mean prefers 0.
+    log_probs = {(7, 7, 7): [-1.0, -1.0, -1.0], (7,): [-2.0]}
     monkeypatch.setattr(
         hellaswag_utils,
         "ending_log_probs",
-        lambda model, texts: [torch.tensor([-1.0, -1.0, -1.0] if len(ids) == 3 else [-2.0]) for _, ids in texts],
+        lambda model, rows: [torch.tensor(log_probs[tuple(ending)]) for row in rows for ending in row.endings],
     )
     endings = [[7, 7, 7], [7]]
     assert count_correct(model, [Example([1], endings, 0)]) == [0, 1, 1]
     assert count_correct(model, [Example([1], endings, 1)]) == [1, 0, 1]
+    # Divided by 9 and 9, not by tokens: the first has -1/3, the second -2/9. By 9 and 0: the second has no length.
+    assert count_correct(model, [Example([1], endings, 1, lengths=[9, 9])]) == [1, 1, 1]
+    assert count_correct(model, [Example([1], endings, 0, lengths=[9, 0])]) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("context_len", [1, 2, 30, 31, 32, 33, 100])
 def test_a_text_that_is_too_long_loses_its_beginning_and_keeps_its_ending(model, context_len):
     # 40 positions hold 40 inputs, and the last token is a target only: 41 ids, here 10 of them the ending's.
     (example,) = random_examples(1, context=(context_len, context_len), ending=(10, 10))
-    with torch.no_grad():
-        scores = ending_log_probs(model, [(example.context, ending) for ending in example.endings])
-    for ending, score in zip(example.endings, scores, strict=True):
-        assert len(score) == 10
-        assert score.tolist() == pytest.approx(naive_log_probs(model, example.context[-31:], ending), abs=1e-4)
+    [log_probs] = score(model, [example])
+    for ending, one in zip(example.endings, log_probs, strict=True):
+        assert len(one) == 10
+        assert one.tolist() == pytest.approx(naive_log_probs(model, example.context[-31:], ending), abs=1e-4)
 
 
 @pytest.mark.parametrize("ending_len", [39, 40, 41, 90])
 def test_an_ending_that_is_too_long_is_scored_by_its_last_tokens(model, ending_len):
     (example,) = random_examples(1, context=(5, 5), ending=(ending_len, ending_len))
-    with torch.no_grad():
-        scores = ending_log_probs(model, [(example.context, ending) for ending in example.endings])
-    for ending, score in zip(example.endings, scores, strict=True):
+    [log_probs] = score(model, [example])
+    for ending, one in zip(example.endings, log_probs, strict=True):
         ids = (example.context + ending)[-41:]
         scored = min(ending_len, 40)
-        assert len(score) == scored
-        assert score.tolist() == pytest.approx(naive_log_probs(model, ids[:-scored], ids[-scored:]), abs=1e-4)
+        assert len(one) == scored
+        assert one.tolist() == pytest.approx(naive_log_probs(model, ids[:-scored], ids[-scored:]), abs=1e-4)
 
 
 def test_long_and_short_texts_share_a_batch(model):
     examples = random_examples(12, context=(1, 80), ending=(1, 60))
     alone = [count_correct(model, [example]) for example in examples]
-    assert count_correct(model, examples, batch_size=5) == [sum(column) for column in zip(*alone, strict=True)]
+    assert count_correct(model, examples, batch_tokens=120) == [sum(column) for column in zip(*alone, strict=True)]
 
 
-def test_scoring_keeps_no_activations_for_a_backward_pass(model, monkeypatch):
-    needed = []
-
-    def watched(model, texts):
-        scores = ending_log_probs(model, texts)
-        needed.extend(score.requires_grad for score in scores)
-        return scores
-
-    monkeypatch.setattr(hellaswag_utils, "ending_log_probs", watched)
-    count_correct(model, random_examples(2))
-    assert needed and not any(needed)
+def test_scoring_keeps_no_activations_for_a_backward_pass(model):
+    assert not any(one.requires_grad for log_probs in score(model, random_examples(2)) for one in log_probs)
 
 
 def test_metrics_are_shares_of_the_examples():
@@ -319,10 +310,11 @@ def test_the_last_line_of_the_output_is_a_json_object(
     tmp_path, monkeypatch, capsys, model, tokenizer, checkpoint, data, where
 ):
     path = checkpoint if where == "file" else tmp_path / "run"
-    assert main(monkeypatch, "--checkpoint", path, "--data", data, "--batch_size", 2) == 0
+    assert main(monkeypatch, "--checkpoint", path, "--data", data, "--batch_tokens", 50) == 0
     right, right_norm, examples = naive_counts(model, load_examples(data, tokenizer))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
         "benchmark": "sample continuations",
+        "style": "gpt2",
         "step": 30,
         "hellaswag_acc": right / 5,
         "hellaswag_acc_norm": right_norm / 5,
@@ -369,7 +361,7 @@ def test_a_missing_or_damaged_file_is_one_sentence_and_status_1(monkeypatch, cap
     assert str(path) in line
 
 
-@pytest.mark.parametrize("flag", ["--limit", "--batch_size"])
+@pytest.mark.parametrize("flag", ["--limit", "--batch_tokens"])
 def test_a_number_below_1_is_refused(monkeypatch, capsys, checkpoint, data, flag):
     with pytest.raises(SystemExit):
         main(monkeypatch, "--checkpoint", checkpoint, "--data", data, flag, 0)
