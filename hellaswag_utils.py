@@ -191,8 +191,9 @@ def score(
     rows = sorted(pack(examples, model.config.max_seq_len), key=len, reverse=True)
     with tqdm(total=len(rows), disable=not show_progress, unit="row") as progress:
         while rows:
-            batch = max(1, batch_tokens // len(rows[0]))
-            rows, batch = rows[batch:], rows[:batch]
+            batch = rows[: max(1, batch_tokens // len(rows[0]))]
+            batch = [row for row in batch if len(row) >= 0.9 * len(batch[0])]  # shorter ones wait: too much padding
+            rows = rows[len(batch) :]
             places = [place for row in batch for place in row.places]
             for (i, j), log_probs in zip(places, ending_log_probs(model, batch), strict=True):
                 scores[i][j] = log_probs

@@ -240,6 +240,10 @@ def test_batches_are_bounded_in_tokens_and_hold_little_padding(model, monkeypatc
     assert max(computed) <= 400 and len(shapes) < 1.2 * needed / 400
     assert needed <= sum(computed) < 1.1 * needed
     assert shapes[0][1] == max(longest for _, longest in shapes)  # the longest first
+    # Few rows of many lengths: rather several batches than one of a third padding.
+    shapes.clear()
+    score(model, [Example([1] * n, [[2, 3]], 0) for n in (36, 35, 20, 19, 5)], batch_tokens=10_000)
+    assert shapes == [(2, 37), (2, 21), (1, 6)]
 
 
 def test_the_output_layer_runs_a_slice_at_a_time_and_where_endings_are_predicted(model, examples, monkeypatch):
