@@ -129,13 +129,14 @@ class PackedRow:
 
     def __len__(self) -> int:
         """Tokens that the model reads: an ending's last one is predicted only."""
-        return len(self.context) + sum(len(ending[:-1]) for ending in self.endings)
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
 def pack(examples: Sequence[Example], max_len: int) -> list[PackedRow]:
     """A row for each example, or several where they would exceed `max_len` tokens.
 
-    A context with an ending that is too long by itself loses its beginning, and then the ending does.
+    A context with an ending that is too long by itself loses its beginning, and then the ending does. Endings without
+    a token that something predicts have no place.
     """
     rows = []
     for i, example in enumerate(examples):
@@ -144,7 +145,9 @@ def pack(examples: Sequence[Example], max_len: int) -> list[PackedRow]:
             ids = (example.context + ending)[-max_len - 1 :]
             start = max(len(ids) - len(ending), 1)  # the first token of all is predicted by nothing
             context, ending = ids[:start], ids[start:]
-            if row is None or row.context != context or len(row) + len(ending[:-1]) > max_len:
+            if not ending:
+                continue
+            if row is None or row.context != context or len(row) + len(ending) - 1 > max_len:
                 row = PackedRow(context)
                 rows.append(row)
             row.endings.append(ending)
@@ -163,13 +166,12 @@ def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tens
         tokens[b, :start] = torch.tensor(row.context)
         positions[b, :start] = torch.arange(start)
         for segment, ending in enumerate(row.endings, start=1):
-            end = start + len(ending[:-1])
+            end = start + len(ending) - 1
             tokens[b, start:end] = torch.tensor(ending[:-1])
             positions[b, start:end] = len(row.context) + torch.arange(end - start)
             segments[b, start:end] = segment
-            if ending:
-                predictors += [b * T + len(row.context) - 1, *range(b * T + start, b * T + end)]
-                targets += ending
+            predictors += [b * T + len(row.context) - 1, *range(b * T + start, b * T + end)]
+            targets += ending
             start = end
     tokens, positions, segments = tokens.to(device), positions.to(device), segments.to(device)
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])

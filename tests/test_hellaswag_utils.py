@@ -237,7 +237,7 @@ def test_batches_are_bounded_in_tokens_and_hold_little_padding(model, monkeypatc
     score(model, examples, batch_tokens=400)
     computed = [rows * longest for rows, longest in shapes]
     needed = sum(len(e.context) + sum(len(ending) - 1 for ending in e.endings) for e in examples)
-    assert max(computed) <= 400 and len(shapes) < 1.2 * needed / 400
+    assert max(computed) <= 400 and len(shapes) < 2 * needed / 400
     assert needed <= sum(computed) < 1.1 * needed
     assert shapes[0][1] == max(longest for _, longest in shapes)  # the longest first
     # Few rows of many lengths: rather several batches than one of a third padding.
