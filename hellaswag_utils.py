@@ -1,19 +1,32 @@
 """HellaSwag, and files in its format: iterate over the rows, render them to ids, score a model.
 
     python hellaswag_utils.py --checkpoint runs/mine --data data/hellaswag/hellaswag_val.jsonl
+    python hellaswag_utils.py --checkpoint runs/mine --data data/hellaswag/hellaswag_val.jsonl --style lm-eval
 
 A language model answers by the ending that it finds likeliest behind the context. `acc` takes the highest sum of the
-ending's log-probabilities; `acc_norm` the highest mean a token, as reproductions of GPT-2 report it, so that
-short endings have no advantage.
+ending's log-probabilities; `acc_norm` the highest sum divided by the ending's length, so that short endings have no
+advantage. There are two styles:
 
-Shape letters: B texts of one batch (four a row), T tokens of the longest.
+- `gpt2`, as reproductions of GPT-2 report it (build-nanogpt, llm.c): the row's `ctx` as it stands; length in tokens.
+- `lm-eval`, as EleutherAI's lm-evaluation-harness 0.4 reports it: the activity's label before the context, WikiHow's
+  brackets taken out; length in characters of the ending, without the space before it. (What the harness calls
+  `acc_norm` counts characters; bytes, which differ where an ending is not ASCII, are its `acc_bytes`, and its hellaswag
+  task does not report that.) Two things differ on purpose. What looks like a control token in a row stays text here,
+  where Hugging Face's tokenizers would parse it; and an ending longer than the model's context is scored by its last
+  tokens, where the harness stops.
+
+In both, the begin-of-text id comes first, as in every training document and as Llama 3's published tokenizer has it.
+
+Shape letters: B rows of one batch, T tokens of the longest, N tokens to score, D model width, V vocabulary.
 """
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -26,16 +39,24 @@ from model import Transformer
 from model_utils import load_model, pick_device
 from tokenizer import Tokenizer
 
+STYLES = {"gpt2": ("ctx",), "lm-eval": ("activity_label", "ctx_a", "ctx_b")}  # and the texts that each one reads
+BATCH_TOKENS = 4096
+OUTPUT_SLICE = 256  # positions whose logits exist at once: 131 MB of them at 128,256 ids
+
 
 @dataclass(frozen=True)
 class Example:
-    context: list[int]  # ids, the begin-of-text id first, as every training document has it
+    context: list[int]  # ids, the begin-of-text id first
     endings: list[list[int]]
     label: int  # the true ending's place
+    lengths: list[int] | None = None  # what acc_norm divides by, an ending each; None: its scored tokens
 
 
-def iterate_rows(path: str | Path) -> Iterator[dict]:
-    """Rows of a jsonl file in HellaSwag's format.
+# ---------------------------------------------------------------- rows and their ids
+
+
+def iterate_rows(path: str | Path, style: str = "gpt2") -> Iterator[dict]:
+    """Rows of a jsonl file in HellaSwag's format that hold what `style` reads.
 
     Raises:
         ValueError: a line is no row; the message names file and line.
@@ -44,29 +65,46 @@ def iterate_rows(path: str | Path) -> Iterator[dict]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-                valid = isinstance(row["ctx"], str) and isinstance(row["endings"], list)
+                valid = all(isinstance(row[name], str) for name in STYLES[style]) and isinstance(row["endings"], list)
                 valid = valid and all(isinstance(ending, str) for ending in row["endings"])
                 valid = valid and int(row["label"]) in range(len(row["endings"]))
             except (ValueError, KeyError, TypeError, OverflowError):  # the last: a label of Infinity
                 valid = False
             if not valid:
-                raise ValueError(f"{path}, line {number}: not a row of HellaSwag (ctx, endings, label); mend the line")
+                needed = ", ".join((*STYLES[style], "endings", "label"))
+                raise ValueError(f"{path}, line {number}: not a row of HellaSwag ({needed}); mend the line")
             yield row
 
 
-def render(row: dict, tokenizer: Tokenizer) -> Example:
+def render(row: dict, tokenizer: Tokenizer, style: str = "gpt2") -> Example:
     """Ids of a row; a space joins context and ending, and belongs to the ending's first token."""
-    endings = [tokenizer.encode(" " + ending) for ending in row["endings"]]
-    return Example(tokenizer.encode(row["ctx"], bos=True), endings, int(row["label"]))
+    label = int(row["label"])
+    if style == "gpt2":
+        endings = [tokenizer.encode(" " + ending) for ending in row["endings"]]
+        return Example(tokenizer.encode(row["ctx"], bos=True), endings, label)
+    text = _without_brackets(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    # White space at the context's end goes to the ending; and the two are encoded in one, of which the ending is what
+    # follows as many tokens as the context has alone.
+    context = tokenizer.encode(text.rstrip(), bos=True)
+    endings = [_without_brackets(ending) for ending in row["endings"]]
+    ids = [tokenizer.encode(f"{text} {ending}", bos=True)[len(context) :] for ending in endings]
+    return Example(context, ids, label, lengths=[len(ending) for ending in endings])
 
 
-def load_examples(path: str | Path, tokenizer: Tokenizer, limit: int | None = None) -> list[Example]:
+def _without_brackets(text: str) -> str:
+    """WikiHow's marks, [header] and the like, taken out just as lm-evaluation-harness does it, spaces included."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def load_examples(
+    path: str | Path, tokenizer: Tokenizer, limit: int | None = None, style: str = "gpt2"
+) -> list[Example]:
     """The first `limit` rows of a file (None: all), rendered.
 
     Raises:
         ValueError: there are none, or a line is no row.
     """
-    examples = [render(row, tokenizer) for row in islice(iterate_rows(path), limit)]
+    examples = [render(row, tokenizer, style) for row in islice(iterate_rows(path, style), limit)]
     if not examples:
         raise ValueError(f"{path}: holds no rows; load_hellaswag_dataset.py fetches them")
     return examples
@@ -78,51 +116,119 @@ def benchmark_name(path: str | Path) -> str:
     return "HellaSwag" if stem.lower().startswith("hellaswag") else stem.replace("_", " ")
 
 
-def ending_log_probs(model: Transformer, texts: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
-    """Log-probability of each ending token, for (context, ending) pairs; texts too long lose their beginning."""
-    device, longest = model.output.weight.device, model.config.max_seq_len + 1
-    texts = [((context + ending)[-longest:], min(len(ending), longest - 1)) for context, ending in texts]
-    tokens = torch.zeros(len(texts), max(len(ids) for ids, _ in texts) - 1, dtype=torch.int64)
-    rows, columns, targets = [], [], []
-    for row, (ids, ending_len) in enumerate(texts):
-        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])  # padding follows, where causal attention never looks
-        rows += [row] * ending_len
-        columns += range(len(ids) - 1 - ending_len, len(ids) - 1)
-        targets += ids[-ending_len:]
-    # The output layer, most of the arithmetic at 128,256 ids, runs at the endings' positions alone.
-    hidden = model.hidden(tokens.to(device))[rows, columns]  # (endings' tokens, D)
-    logits = model.output(hidden).float()
-    log_probs = -F.cross_entropy(logits, torch.tensor(targets, device=device), reduction="none").cpu()
-    return list(log_probs.split([ending_len for _, ending_len in texts]))
+# ---------------------------------------------------------------- scores
+
+
+@dataclass
+class PackedRow:
+    """A context, and endings behind it that do not see each other: the context is computed once for all."""
+
+    context: list[int]
+    endings: list[list[int]] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)  # of each ending: which example's, which of its endings
+
+    def __len__(self) -> int:
+        """Tokens that the model reads: an ending's last one is predicted only."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+def pack(examples: Sequence[Example], max_len: int) -> list[PackedRow]:
+    """A row for each example, or several where they would exceed `max_len` tokens.
+
+    A context with an ending that is too long by itself loses its beginning, and then the ending does. Endings without
+    a token that something predicts have no place.
+    """
+    rows = []
+    for i, example in enumerate(examples):
+        row = None
+        for j, ending in enumerate(example.endings):
+            ids = (example.context + ending)[-max_len - 1 :]
+            start = max(len(ids) - len(ending), 1)  # the first token of all is predicted by nothing
+            context, ending = ids[:start], ids[start:]
+            if not ending:
+                continue
+            if row is None or row.context != context or len(row) + len(ending) - 1 > max_len:
+                row = PackedRow(context)
+                rows.append(row)
+            row.endings.append(ending)
+            row.places.append((i, j))
+    return rows
+
+
+def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tensor]:
+    """Log-probability of each token of each ending, float32 on the CPU: a tensor for each ending, row after row."""
+    B, T, device = len(rows), max(map(len, rows)), model.output.weight.device
+    # Padding follows, where no token looks.
+    tokens, positions, segments = torch.zeros(3, B, T, dtype=torch.int64)  # segment 0: the context; 1, 2, ...: endings
+    predictors, targets = [], []  # places in the B x T tokens, and what follows there
+    for b, row in enumerate(rows):
+        start = len(row.context)
+        tokens[b, :start] = torch.tensor(row.context)
+        positions[b, :start] = torch.arange(start)
+        for segment, ending in enumerate(row.endings, start=1):
+            end = start + len(ending) - 1
+            tokens[b, start:end] = torch.tensor(ending[:-1])
+            positions[b, start:end] = len(row.context) + torch.arange(end - start)
+            segments[b, start:end] = segment
+            predictors += [b * T + len(row.context) - 1, *range(b * T + start, b * T + end)]
+            targets += ending
+            start = end
+    tokens, positions, segments = tokens.to(device), positions.to(device), segments.to(device)
+    seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    hidden = model.hidden(tokens, positions=positions, mask=seen.tril()[:, None]).flatten(0, 1)
+    # The output layer, half of the arithmetic at 128,256 ids, runs at the endings' positions alone, a slice at a time.
+    hidden, targets = hidden[predictors], torch.tensor(targets, device=device)  # (N, D), (N,)
+    slices = zip(hidden.split(OUTPUT_SLICE), targets.split(OUTPUT_SLICE), strict=True)
+    nats = [F.cross_entropy(model.output(some).float(), t, reduction="none") for some, t in slices]
+    return list((-torch.cat(nats)).cpu().split([len(ending) for row in rows for ending in row.endings]))
 
 
 @torch.inference_mode()
+def score(
+    model: Transformer, examples: Sequence[Example], *, batch_tokens: int = BATCH_TOKENS, show_progress: bool = False
+) -> list[list[Tensor]]:
+    """Log-probabilities of the tokens of each ending of each example; at most `batch_tokens` are computed at once."""
+    scores = [[torch.empty(0)] * len(example.endings) for example in examples]
+    # By length, so that a batch has little padding; longest first, so that memory runs out at once or never.
+    rows = sorted(pack(examples, model.config.max_seq_len), key=len, reverse=True)
+    with tqdm(total=len(rows), disable=not show_progress, unit="row") as progress:
+        while rows:
+            batch = rows[: max(1, batch_tokens // len(rows[0]))]
+            batch = [row for row in batch if len(row) >= 0.9 * len(batch[0])]  # shorter ones wait: too much padding
+            rows = rows[len(batch) :]
+            places = [place for row in batch for place in row.places]
+            for (i, j), log_probs in zip(places, ending_log_probs(model, batch), strict=True):
+                scores[i][j] = log_probs
+            progress.update(len(batch))
+    return scores
+
+
+def choose(example: Example, log_probs: Sequence[Tensor]) -> tuple[int, int]:
+    """The ending with the highest sum of `log_probs`, and that with the highest sum divided by its length."""
+    sums = [ending.sum().item() for ending in log_probs]
+    lengths = example.lengths or [len(ending) for ending in log_probs]
+    norms = [total / length if length else -math.inf for total, length in zip(sums, lengths, strict=True)]
+    return sums.index(max(sums)), norms.index(max(norms))
+
+
 def count_correct(
     model: Transformer,
     examples: Sequence[Example],
     *,
     rank: int = 0,
     world_size: int = 1,
-    batch_size: int = 16,
+    batch_tokens: int = BATCH_TOKENS,
     show_progress: bool = False,
 ) -> list[float]:
     """[right by acc, right by acc_norm, examples] over this process's share, every `world_size`-th example.
 
-    The sum over all processes, divided by its last element, is the result. `batch_size` is in examples.
+    The sum over all processes, divided by its last element, is the result.
     """
-    # By length, so that a batch has little padding; longest first, so that memory runs out at once or never.
-    mine = sorted(examples[rank::world_size], key=lambda e: -len(e.context) - max(map(len, e.endings)))
-    counts = [0.0, 0.0, 0.0]
-    for i in tqdm(range(0, len(mine), batch_size), disable=not show_progress, unit="batch"):
-        batch = mine[i : i + batch_size]
-        scores = iter(ending_log_probs(model, [(e.context, ending) for e in batch for ending in e.endings]))
-        for example in batch:
-            log_probs = [next(scores) for _ in example.endings]
-            by_sum = max(range(len(log_probs)), key=lambda j: log_probs[j].sum().item())
-            by_mean = max(range(len(log_probs)), key=lambda j: log_probs[j].mean().item())
-            right = (by_sum == example.label, by_mean == example.label, True)
-            counts = [count + one for count, one in zip(counts, right, strict=True)]
-    return counts
+    mine = examples[rank::world_size]
+    scores = score(model, mine, batch_tokens=batch_tokens, show_progress=show_progress)
+    chosen = [choose(example, log_probs) for example, log_probs in zip(mine, scores, strict=True)]
+    right = [sum(by[k] == example.label for by, example in zip(chosen, mine, strict=True)) for k in (0, 1)]
+    return [*map(float, right), float(len(mine))]
 
 
 def as_metrics(counts: list[float]) -> dict:
@@ -140,21 +246,25 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, help="a .pt file, or a run directory for its newest checkpoint")
     parser.add_argument("--data", required=True, help="a jsonl file in HellaSwag's format")
     parser.add_argument("--limit", type=int, help="score the first N rows (default: all)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows scored at once (default: 16)")
+    parser.add_argument("--style", choices=STYLES, default="gpt2", help="gpt2 or lm-eval, as above (default: gpt2)")
+    parser.add_argument(
+        "--batch_tokens", type=int, default=BATCH_TOKENS, help=f"tokens computed at once (default: {BATCH_TOKENS})"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     args = parser.parse_args()
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--limit and --batch_size must be at least 1")
+    if args.batch_tokens < 1 or (args.limit is not None and args.limit < 1):
+        parser.error("--limit and --batch_tokens must be at least 1")
     try:
         device = pick_device(args.device)
         model, checkpoint = load_model(args.checkpoint, device)
-        examples = load_examples(args.data, Tokenizer(vocab_size=model.config.vocab_size), args.limit)
+        examples = load_examples(args.data, Tokenizer(vocab_size=model.config.vocab_size), args.limit, args.style)
     except (ValueError, OSError) as error:
         print(f"hellaswag_utils.py: {error}", file=sys.stderr)
         return 1
     with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint["config"]["dtype"] == "bfloat16"):
-        counts = count_correct(model, examples, batch_size=args.batch_size, show_progress=True)
-    print(json.dumps({"benchmark": benchmark_name(args.data), "step": checkpoint["step"], **as_metrics(counts)}))
+        counts = count_correct(model, examples, batch_tokens=args.batch_tokens, show_progress=True)
+    named = {"benchmark": benchmark_name(args.data), "style": args.style, "step": checkpoint["step"]}
+    print(json.dumps(named | as_metrics(counts)))
     return 0
 
 

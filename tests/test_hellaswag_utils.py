@@ -1,24 +1,32 @@
+import itertools
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+from test_model import hf_twin
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import hellaswag_utils
 from hellaswag_utils import (
     Example,
     as_metrics,
     benchmark_name,
+    choose,
     count_correct,
-    ending_log_probs,
     iterate_rows,
     load_examples,
+    pack,
     render,
+    score,
 )
 from model import ModelConfig, Transformer
 from model_utils import save_checkpoint
-from tokenizer import Tokenizer
+from tokenizer import NUM_SPECIAL_TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 VOCAB = 512
 CONFIG = ModelConfig(
@@ -180,84 +188,153 @@ def test_a_file_without_rows_is_refused(tmp_path, tokenizer):
 
 
 def test_log_probabilities_equal_those_of_one_text_at_a_time(model):
-    texts = [(example.context, ending) for example in random_examples(20) for ending in example.endings]
-    with torch.no_grad():
-        scores = ending_log_probs(model, texts)
-    assert len(scores) == len(texts)
-    for (context, ending), score in zip(texts, scores, strict=True):
-        assert score.tolist() == pytest.approx(naive_log_probs(model, context, ending), abs=1e-4)
+    examples = random_examples(20)
+    for example, log_probs in zip(examples, score(model, examples), strict=True):
+        for ending, one in zip(example.endings, log_probs, strict=True):
+            assert one.tolist() == pytest.approx(naive_log_probs(model, example.context, ending), abs=1e-4)
 
 
 def test_counts_equal_those_of_one_text_at_a_time(model, examples, expected):
     assert count_correct(model, examples) == expected
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 40, 1000])
-def test_counts_do_not_depend_on_the_batch_size(model, examples, expected, batch_size):
-    assert count_correct(model, examples, batch_size=batch_size) == expected
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100, 333, 10_000])
+def test_counts_do_not_depend_on_the_batch_size(model, examples, expected, batch_tokens):
+    assert count_correct(model, examples, batch_tokens=batch_tokens) == expected
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 50])  # 50 processes: some have no example
 def test_the_shares_of_all_ranks_add_up_to_the_whole(model, examples, expected, world_size):
     shares = [
-        count_correct(model, examples, rank=rank, world_size=world_size, batch_size=3) for rank in range(world_size)
+        count_correct(model, examples, rank=rank, world_size=world_size, batch_tokens=90) for rank in range(world_size)
     ]
     assert [sum(column) for column in zip(*shares, strict=True)] == expected
     assert max(share[2] for share in shares) - min(share[2] for share in shares) <= 1
 
 
+def watch(monkeypatch, model, name):
+    """Shapes of what goes into a method of `model`, call by call."""
+    shapes, method = [], getattr(model, name)
+
+    def watched(x, **kwargs):
+        shapes.append(tuple(x.shape))
+        return method(x, **kwargs)
+
+    monkeypatch.setattr(model, name, watched)
+    return shapes
+
+
+def test_a_context_is_computed_once_for_its_endings(model, monkeypatch):
+    shapes = watch(monkeypatch, model, "hidden")
+    example = Example([1, 2, 3, 4, 5], [[6, 7], [8], [9, 10, 11], [12, 13, 14, 15]], 0)
+    score(model, [example])
+    assert shapes == [(1, 5 + 1 + 0 + 2 + 3)]  # an ending's last token is predicted, not read
+
+
+def test_batches_are_bounded_in_tokens_and_hold_little_padding(model, monkeypatch):
+    examples = random_examples(200, context=(5, 20), ending=(1, 5))
+    shapes = watch(monkeypatch, model, "hidden")
+    score(model, examples, batch_tokens=400)
+    computed = [rows * longest for rows, longest in shapes]
+    needed = sum(len(e.context) + sum(len(ending) - 1 for ending in e.endings) for e in examples)
+    assert max(computed) <= 400 and len(shapes) < 2 * needed / 400
+    assert needed <= sum(computed) < 1.1 * needed
+    assert shapes[0][1] == max(longest for _, longest in shapes)  # the longest first
+    # Few rows of many lengths: rather several batches than one of a third padding.
+    shapes.clear()
+    score(model, [Example([1] * n, [[2, 3]], 0) for n in (36, 35, 20, 19, 5)], batch_tokens=10_000)
+    assert shapes == [(2, 37), (2, 21), (1, 6)]
+
+
+def test_the_output_layer_runs_a_slice_at_a_time_and_where_endings_are_predicted(model, examples, monkeypatch):
+    expected = score(model, examples)
+    monkeypatch.setattr(hellaswag_utils, "OUTPUT_SLICE", 64)
+    positions = []
+    hook = model.output.register_forward_pre_hook(lambda module, inputs: positions.append(len(inputs[0])))
+    sliced = score(model, examples, batch_tokens=10_000)
+    hook.remove()
+    assert sum(positions) == sum(len(ending) for example in examples for ending in example.endings)
+    assert max(positions) == 64
+    for a, b in zip(itertools.chain(*expected), itertools.chain(*sliced), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        Example([1], [[2], [3], [4], [5]], 0),  # nothing but the begin-of-text id; single tokens
+        Example([1] * 30, [[i] * 9 for i in range(2, 20)], 0),  # more endings than a row of 40 tokens has room for
+        Example([1] * 30, [[2] * 11], 0),  # one ending; it fits to the last token
+        Example([1] * 38, [[2] * 5, [3], [4] * 3, [5] * 4], 0),  # some fit and share, others lose the beginning
+    ],
+)
+def test_endings_of_all_sorts_are_scored_as_alone(model, example):
+    assert all(len(row) <= CONFIG.max_seq_len for row in pack([example], CONFIG.max_seq_len))
+    [log_probs] = score(model, [example])
+    for ending, one in zip(example.endings, log_probs, strict=True):
+        context = example.context[-(41 - len(ending)) :]
+        assert one.tolist() == pytest.approx(naive_log_probs(model, context, ending), abs=1e-4)
+
+
+def test_where_nothing_predicts_a_token_it_does_not_count(model):
+    [[first, second, third]] = score(model, [Example([], [[1, 2, 3], [4], []], 0)])
+    assert first.tolist() == pytest.approx(naive_log_probs(model, [1], [2, 3]), abs=1e-4)
+    assert len(second) == len(third) == 0
+    assert count_correct(model, [Example([1], [[], [2]], 1)]) == [0, 1, 1]  # an empty ending has no mean
+
+
+def test_rows_with_empty_texts_have_scores(model, tokenizer):
+    for style in ("gpt2", "lm-eval"):
+        row = {"ctx": "", "activity_label": "", "ctx_a": "", "ctx_b": "", "endings": ["", "a", "[b]"], "label": 0}
+        [log_probs] = score(model, [render(row, tokenizer, style)])
+        assert all(len(one) >= 1 and one.isfinite().all() for one in log_probs)
+
+
 def test_acc_takes_the_sum_and_acc_norm_the_mean(model, monkeypatch):
     # Ending 0: three tokens of -1. Ending 1: one token of -2. The sum prefers 1, the mean prefers 0.
+    log_probs = {(7, 7, 7): [-1.0, -1.0, -1.0], (7,): [-2.0]}
     monkeypatch.setattr(
         hellaswag_utils,
         "ending_log_probs",
-        lambda model, texts: [torch.tensor([-1.0, -1.0, -1.0] if len(ids) == 3 else [-2.0]) for _, ids in texts],
+        lambda model, rows: [torch.tensor(log_probs[tuple(ending)]) for row in rows for ending in row.endings],
     )
     endings = [[7, 7, 7], [7]]
     assert count_correct(model, [Example([1], endings, 0)]) == [0, 1, 1]
     assert count_correct(model, [Example([1], endings, 1)]) == [1, 0, 1]
+    # Divided by 9 and 9, not by tokens: the first has -1/3, the second -2/9. By 9 and 0: the second has no length.
+    assert count_correct(model, [Example([1], endings, 1, lengths=[9, 9])]) == [1, 1, 1]
+    assert count_correct(model, [Example([1], endings, 0, lengths=[9, 0])]) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("context_len", [1, 2, 30, 31, 32, 33, 100])
 def test_a_text_that_is_too_long_loses_its_beginning_and_keeps_its_ending(model, context_len):
     # 40 positions hold 40 inputs, and the last token is a target only: 41 ids, here 10 of them the ending's.
     (example,) = random_examples(1, context=(context_len, context_len), ending=(10, 10))
-    with torch.no_grad():
-        scores = ending_log_probs(model, [(example.context, ending) for ending in example.endings])
-    for ending, score in zip(example.endings, scores, strict=True):
-        assert len(score) == 10
-        assert score.tolist() == pytest.approx(naive_log_probs(model, example.context[-31:], ending), abs=1e-4)
+    [log_probs] = score(model, [example])
+    for ending, one in zip(example.endings, log_probs, strict=True):
+        assert len(one) == 10
+        assert one.tolist() == pytest.approx(naive_log_probs(model, example.context[-31:], ending), abs=1e-4)
 
 
 @pytest.mark.parametrize("ending_len", [39, 40, 41, 90])
 def test_an_ending_that_is_too_long_is_scored_by_its_last_tokens(model, ending_len):
     (example,) = random_examples(1, context=(5, 5), ending=(ending_len, ending_len))
-    with torch.no_grad():
-        scores = ending_log_probs(model, [(example.context, ending) for ending in example.endings])
-    for ending, score in zip(example.endings, scores, strict=True):
+    [log_probs] = score(model, [example])
+    for ending, one in zip(example.endings, log_probs, strict=True):
         ids = (example.context + ending)[-41:]
         scored = min(ending_len, 40)
-        assert len(score) == scored
-        assert score.tolist() == pytest.approx(naive_log_probs(model, ids[:-scored], ids[-scored:]), abs=1e-4)
+        assert len(one) == scored
+        assert one.tolist() == pytest.approx(naive_log_probs(model, ids[:-scored], ids[-scored:]), abs=1e-4)
 
 
 def test_long_and_short_texts_share_a_batch(model):
     examples = random_examples(12, context=(1, 80), ending=(1, 60))
     alone = [count_correct(model, [example]) for example in examples]
-    assert count_correct(model, examples, batch_size=5) == [sum(column) for column in zip(*alone, strict=True)]
+    assert count_correct(model, examples, batch_tokens=120) == [sum(column) for column in zip(*alone, strict=True)]
 
 
-def test_scoring_keeps_no_activations_for_a_backward_pass(model, monkeypatch):
-    needed = []
-
-    def watched(model, texts):
-        scores = ending_log_probs(model, texts)
-        needed.extend(score.requires_grad for score in scores)
-        return scores
-
-    monkeypatch.setattr(hellaswag_utils, "ending_log_probs", watched)
-    count_correct(model, random_examples(2))
-    assert needed and not any(needed)
+def test_scoring_keeps_no_activations_for_a_backward_pass(model):
+    assert not any(one.requires_grad for log_probs in score(model, random_examples(2)) for one in log_probs)
 
 
 def test_metrics_are_shares_of_the_examples():
@@ -319,10 +396,11 @@ def test_the_last_line_of_the_output_is_a_json_object(
     tmp_path, monkeypatch, capsys, model, tokenizer, checkpoint, data, where
 ):
     path = checkpoint if where == "file" else tmp_path / "run"
-    assert main(monkeypatch, "--checkpoint", path, "--data", data, "--batch_size", 2) == 0
+    assert main(monkeypatch, "--checkpoint", path, "--data", data, "--batch_tokens", 50) == 0
     right, right_norm, examples = naive_counts(model, load_examples(data, tokenizer))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
         "benchmark": "sample continuations",
+        "style": "gpt2",
         "step": 30,
         "hellaswag_acc": right / 5,
         "hellaswag_acc_norm": right_norm / 5,
@@ -369,8 +447,114 @@ def test_a_missing_or_damaged_file_is_one_sentence_and_status_1(monkeypatch, cap
     assert str(path) in line
 
 
-@pytest.mark.parametrize("flag", ["--limit", "--batch_size"])
+@pytest.mark.parametrize("flag", ["--limit", "--batch_tokens"])
 def test_a_number_below_1_is_refused(monkeypatch, capsys, checkpoint, data, flag):
     with pytest.raises(SystemExit):
         main(monkeypatch, "--checkpoint", checkpoint, "--data", data, flag, 0)
     assert "must be at least 1" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- lm-evaluation-harness
+
+
+LM_EVAL_ROWS = [
+    {"activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he Wears A hat and"},
+    {"activity_label": "Pets", "ctx_a": "[header] How to wash a cat [title] Find it. [step] Look\nhere.", "ctx_b": ""},
+    {"activity_label": "Zürich", "ctx_a": "Ein Zug [substeps]", "ctx_b": "fährt  ab und"},
+    {"activity_label": " Ends in space", "ctx_a": "The label is stripped, the brackets are not. [step]", "ctx_b": ""},
+    {"activity_label": "[a", "ctx_a": "b", "ctx_b": "]"},  # nothing is left: the begin-of-text id stands alone
+    {"activity_label": "Line end", "ctx_a": "It ended.\n[step]", "ctx_b": ""},  # ".\n" is one token, "." another
+    {"activity_label": "long", "ctx_a": "word " * 30 + "and", "ctx_b": "so on"},  # longer than the model's context
+]
+ENDINGS = [
+    [" sat down.", "[title] Tips [substeps] Use soap, not oil.", "é è ê ü ö ä", "flew away."],
+    ["runs.", "[step] walks [title] off.", "", "東京"],
+]
+
+
+def lm_eval_rows():
+    for i, (row, endings) in enumerate(itertools.product(LM_EVAL_ROWS, ENDINGS)):
+        yield {"ind": i, **row, "ctx": "not read", "endings": endings, "label": i % 4}
+
+
+def test_lm_evals_rendering(tokenizer):
+    row = {**LM_EVAL_ROWS[0], "endings": ENDINGS[0], "label": "1"}
+    example = render(row, tokenizer, "lm-eval")
+    # str.capitalize also makes the rest small; a space is left where a bracket was.
+    context = "Roof shingle removal: A man is sitting on a roof. He wears a hat and"
+    assert example.context == tokenizer.encode(context, bos=True)
+    endings = [" sat down.", "  Tips Use soap, not oil.", " é è ê ü ö ä", " flew away."]
+    assert [tokenizer.decode(ending) for ending in example.endings] == endings
+    assert example.lengths == [9, 24, 11, 10]  # characters, behind the space that joins
+    assert example.label == 1
+    example = render({**row, **LM_EVAL_ROWS[1]}, tokenizer, "lm-eval")
+    assert tokenizer.decode(example.context[1:]) == "Pets: How to wash a cat. Find it. Look\nhere."
+    # White space at the context's end is the ending's.
+    example = render({**row, **LM_EVAL_ROWS[3]}, tokenizer, "lm-eval")
+    assert tokenizer.decode(example.context[1:]).endswith("are not.")
+    assert tokenizer.decode(example.endings[3]) == "  flew away."
+    # What reads like a control token stays text.
+    example = render({**row, "ctx_a": "<|eot_id|>", "endings": ["<|eot_id|>", ""], "label": 0}, tokenizer, "lm-eval")
+    assert all(i < VOCAB - 256 for ids in (example.context[1:], *example.endings) for i in ids)
+    assert example.lengths == [10, 0]
+
+
+@pytest.mark.parametrize("field", ["activity_label", "ctx_a", "ctx_b"])
+def test_a_row_without_lm_evals_fields_is_named_by_file_and_line(tmp_path, monkeypatch, capsys, checkpoint, field):
+    rows = list(lm_eval_rows())[:2]
+    path = write_rows(tmp_path / "a.jsonl", [rows[0], {k: v for k, v in rows[1].items() if k != field}])
+    assert len(list(iterate_rows(path))) == 2  # the other style does not read it
+    assert main(monkeypatch, "--checkpoint", checkpoint, "--data", path, "--style", "lm-eval") == 1
+    fields = "activity_label, ctx_a, ctx_b, endings, label"
+    expected = f"hellaswag_utils.py: {path}, line 2: not a row of HellaSwag ({fields}); mend the line\n"
+    assert capsys.readouterr().err == expected
+
+
+def hugging_face_tokenizer(tokenizer, folder):
+    """Hugging Face's tokenizer with the ids of ours, begin-of-text first, as Llama 3's published one has it."""
+    lines = tokenizer.path.read_bytes().splitlines(keepends=True)[: tokenizer.vocab_size - NUM_SPECIAL_TOKENS]
+    path = folder / "tokenizer.model"
+    path.write_bytes(b"".join(lines))
+    converted = TikTokenConverter(
+        str(path), pattern=SPLIT_PATTERN, extra_special_tokens=list(SPECIAL_TOKENS)
+    ).converted()
+    bos = "<|begin_of_text|>"
+    converted.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
+    return PreTrainedTokenizerFast(tokenizer_object=converted, bos_token=bos, eos_token="<|end_of_text|>")
+
+
+def lm_eval_samples(model, tokenizer, data, folder):
+    """What lm-evaluation-harness says of each row of `data`: its hellaswag task with its rows from a file."""
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lm-eval[hf]>=0.4.13,<0.5'")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    task = Path(lm_eval.__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml"
+    source = {"data_files": {"validation": str(data)}, "cache_dir": str(folder / "cache")}
+    config = {"include": str(task), "task": "hellaswag_here", "dataset_path": "json", "dataset_kwargs": source}
+    (folder / "hellaswag_here.yaml").write_text(json.dumps(config | {"training_split": None}))
+    results = lm_eval.simple_evaluate(
+        model=HFLM(hf_twin(model), tokenizer=hugging_face_tokenizer(tokenizer, folder), batch_size=4),
+        tasks=["hellaswag_here"],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    return sorted(results["samples"]["hellaswag_here"], key=lambda sample: sample["doc_id"])
+
+
+@pytest.mark.slow
+def test_log_likelihoods_and_choices_equal_lm_evaluation_harness(tmp_path, model, tokenizer):
+    """It needs the harness, whose 45 packages are not among the tests' own:
+
+    pip install "lm-eval>=0.4.13,<0.5" && python -m pytest -m slow tests/test_hellaswag_utils.py
+    """
+    data = write_rows(tmp_path / "rows.jsonl", lm_eval_rows())
+    samples = lm_eval_samples(model, tokenizer, data, tmp_path)
+    examples = load_examples(data, tokenizer, style="lm-eval")
+    scores = score(model, examples)
+    for example, log_probs, sample in zip(examples, scores, samples, strict=True):
+        theirs = [log_likelihood for [[log_likelihood, _]] in sample["resps"]]
+        assert [ending.sum().item() for ending in log_probs] == pytest.approx(theirs, abs=1e-3)
+        by_sum, by_norm = choose(example, log_probs)
+        assert ((by_sum == example.label), (by_norm == example.label)) == (sample["acc"], sample["acc_norm"])
+    assert 0 < sum(sample["acc"] for sample in samples) < len(samples), "this would show nothing"
