@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Transformer
-from model_utils import load_model, pick_device
+from model_utils import fastest_dtype, load_model, pick_device
 from tokenizer import Tokenizer
 
 STYLES = {"gpt2": ("ctx",), "lm-eval": ("activity_label", "ctx_a", "ctx_b")}  # and the texts that each one reads
@@ -261,7 +261,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"hellaswag_utils.py: {error}", file=sys.stderr)
         return 1
-    with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint["config"]["dtype"] == "bfloat16"):
+    dtype = fastest_dtype(device) if checkpoint["config"]["dtype"] == "bfloat16" else torch.float32
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         counts = count_correct(model, examples, batch_tokens=args.batch_tokens, show_progress=True)
     named = {"benchmark": benchmark_name(args.data), "style": args.style, "step": checkpoint["step"]}
     print(json.dumps(named | as_metrics(counts)))

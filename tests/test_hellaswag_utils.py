@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_model import hf_twin
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -416,10 +417,19 @@ def test_a_limit_scores_the_first_rows(monkeypatch, capsys, model, tokenizer, ch
     assert (result["hellaswag_acc"], result["hellaswag_acc_norm"]) == (right / 3, right_norm / 3)
 
 
-def test_a_checkpoint_trained_in_bfloat16_is_scored(tmp_path, monkeypatch, capsys, model, tokenizer, data):
+@pytest.mark.parametrize("fastest", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_trained_in_bfloat16_is_scored_in_what_is_fast_here(
+    tmp_path, monkeypatch, capsys, model, tokenizer, data, fastest
+):
+    used = set()
+    monkeypatch.setattr(hellaswag_utils, "fastest_dtype", lambda device: fastest)
+    monkeypatch.setattr(
+        torch.nn.Linear, "forward", lambda self, x: used.add((y := F.linear(x, self.weight)).dtype) or y
+    )
     path = save(tmp_path / "bf16", model, tokenizer, dtype="bfloat16")
     assert main(monkeypatch, "--checkpoint", path, "--data", data) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["hellaswag_examples"] == 5
+    assert used == {fastest}
 
 
 def missing(path):
