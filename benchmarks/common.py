@@ -105,12 +105,13 @@ def _peak_memory() -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
 
 
-def take_turns(workers: list[Worker], turns: int) -> dict[str, list[dict]]:
-    """Every way's results, turn by turn; each with the machine's matmul rate behind its turn, in FLOP/s, as "peak"."""
+def take_turns(workers: list[Worker], turns: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, list[dict]]:
+    """Every way's results, turn by turn; each with the machine's matmul rate in `dtype` behind its turn, in FLOP/s, as
+    "peak"."""
     rows: dict[str, list[dict]] = {name: [] for worker in workers for name in worker.names}
     for turn in range(turns):
         results = {name: worker.turn(name) for worker in workers for name in worker.names}
-        peak = peak_flops(DEVICE, torch.bfloat16)
+        peak = peak_flops(DEVICE, dtype)
         for name, result in results.items():
             print(f"turn {turn}: {name}: {result['seconds']:.2f} s", file=sys.stderr, flush=True)
             rows[name].append(result | {"peak": peak})
