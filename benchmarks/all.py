@@ -69,7 +69,6 @@ def as_line(name: str) -> str:
     def pair(key: str, form: str) -> str:
         return " / ".join(format(figures[key], form) if key in figures else "-" for figures in (ours, peer))
 
-    share = "share_of_matmul_rate" if "share_of_matmul_rate" in ours else "share_of_peak"
     form = ",.0f" if ours[figure] >= 100 else ".2f"
     cells = [
         name,
@@ -77,7 +76,7 @@ def as_line(name: str) -> str:
         f"{ours[figure]:{form}} {row.unit}",
         f"{peer[figure]:{form}} ({peer_name})",
         f"{ours[figure] / peer[figure]:.2f}",
-        pair(share, ".0%"),
+        pair("share_of_peak", ".0%"),
         pair("peak_gib", ".1f"),
     ]
     return f"| {' | '.join(cells)} |"

@@ -22,7 +22,6 @@ from common import DEVICE, Worker, hugging_face, medians, report, take_turns
 
 from generate import generate
 from model import ModelConfig, Transformer
-from model_utils import peak_flops
 
 SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_p": 0.95}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,7 +49,7 @@ def sharpen(output: torch.nn.Linear) -> None:
 
 
 def measured(work: Callable[[], None], weight: torch.Tensor) -> dict[str, float]:
-    """How long the work takes, and right behind it the rates of the machine that bound it."""
+    """How long the work takes, and right behind it the rate of the memory that bounds it."""
 
     def seconds(work: Callable[[], object]) -> float:
         began = time.perf_counter()
@@ -62,7 +61,7 @@ def measured(work: Callable[[], None], weight: torch.Tensor) -> dict[str, float]
     result = {"seconds": seconds(work)}
     words = weight.detach().view(torch.float32)  # bf16 in pairs: reading is to be timed, not adding
     read = min(seconds(words.sum) for _ in range(5))
-    return result | {"read_rate": words.nbytes / read, "matmul_rate": peak_flops(DEVICE, weight.dtype)}
+    return result | {"read_rate": words.nbytes / read}
 
 
 def ours(job: Job) -> dict[str, Callable[[], dict]]:
@@ -139,12 +138,12 @@ def main() -> None:
         row["first_turn_seconds"] = rows[name][0]["seconds"]
         row["tokens_per_sec"] = args.batch_size * args.new_tokens / row["seconds"]
         row["share_of_read_rate"] = size * weights * args.new_tokens / row["seconds"] / row["read_rate"]
-        row["share_of_matmul_rate"] = 2 * weights * row["tokens_per_sec"] / row["matmul_rate"]
+        row["share_of_peak"] = 2 * weights * row["tokens_per_sec"] / row["peak"]
     columns = {
         "tokens/s": lambda row: f"{row['tokens_per_sec']:,.0f}",
         "ms a step": lambda row: f"{row['seconds'] / args.new_tokens * 1000:.1f}",
         "of the memory's rate": lambda row: f"{row['share_of_read_rate']:.0%} of {row['read_rate'] / 1e9:.0f} GB/s",
-        "of the matmul rate": lambda row: f"{row['share_of_matmul_rate']:.0%}",
+        "of the matmul rate": lambda row: f"{row['share_of_peak']:.0%}",
         "peak memory, GiB": lambda row: f"{row['peak_gib']:.1f}",
         "first turn, s": lambda row: f"{row['first_turn_seconds']:.0f}",
     }
