@@ -1,7 +1,7 @@
 import itertools
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -50,15 +50,19 @@ def tokenizer():
     return Tokenizer(vocab_size=VOCAB)
 
 
-@pytest.fixture(scope="module")
-def model():
+def random_model(config):
     """A random model with opinions: at the scale of a fresh one all endings would be nearly as likely."""
     torch.manual_seed(0)
-    model = Transformer(CONFIG).eval()
+    model = Transformer(config).eval()
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG)
 
 
 def random_examples(count, *, context=(1, 20), ending=(1, 19), seed=1):
@@ -264,9 +268,13 @@ def test_the_output_layer_runs_a_slice_at_a_time_and_where_endings_are_predicted
     "example",
     [
         Example([1], [[2], [3], [4], [5]], 0),  # nothing but the begin-of-text id; single tokens
-        Example([1] * 30, [[i] * 9 for i in range(2, 20)], 0),  # more endings than a row of 40 tokens has room for
-        Example([1] * 30, [[2] * 11], 0),  # one ending; it fits to the last token
-        Example([1] * 38, [[2] * 5, [3], [4] * 3, [5] * 4], 0),  # some fit and share, others lose the beginning
+        Example(
+            [*range(100, 130)], [[i] * 9 for i in range(2, 20)], 0
+        ),  # more endings than a row of 40 tokens has room for
+        Example([*range(100, 130)], [[2] * 11], 0),  # one ending; it fits to the last token
+        Example(
+            [*range(100, 138)], [[2] * 5, [3], [4] * 3, [5] * 4], 0
+        ),  # some fit and share, others lose the beginning
     ],
 )
 def test_endings_of_all_sorts_are_scored_as_alone(model, example):
@@ -503,6 +511,11 @@ def test_lm_evals_rendering(tokenizer):
     example = render({**row, **LM_EVAL_ROWS[3]}, tokenizer, "lm-eval")
     assert tokenizer.decode(example.context[1:]).endswith("are not.")
     assert tokenizer.decode(example.endings[3]) == "  flew away."
+    # Encoded in one, "." and a line end are one token, which the context alone does not have; it is dropped.
+    words = Tokenizer(vocab_size=8192)
+    example = render({**row, **LM_EVAL_ROWS[5]}, words, "lm-eval")
+    assert words.decode(example.context[1:]) == "Line end: It ended."
+    assert words.decode(example.endings[3]) == " flew away."
     # What reads like a control token stays text.
     example = render({**row, "ctx_a": "<|eot_id|>", "endings": ["<|eot_id|>", ""], "label": 0}, tokenizer, "lm-eval")
     assert all(i < VOCAB - 256 for ids in (example.context[1:], *example.endings) for i in ids)
@@ -553,12 +566,14 @@ def lm_eval_samples(model, tokenizer, data, folder):
 
 
 @pytest.mark.slow
-def test_log_likelihoods_and_choices_equal_lm_evaluation_harness(tmp_path, model, tokenizer):
-    """It needs the harness, whose 45 packages are not among the tests' own:
+def test_log_likelihoods_and_choices_equal_lm_evaluation_harness(tmp_path):
+    """It needs the harness, whose 47 packages are not among the tests' own:
 
-    pip install "lm-eval>=0.4.13,<0.5" && python -m pytest -m slow tests/test_hellaswag_utils.py
+    pip install "lm-eval[hf]>=0.4.13,<0.5" && python -m pytest -m slow tests/test_hellaswag_utils.py
     """
     data = write_rows(tmp_path / "rows.jsonl", lm_eval_rows())
+    tokenizer = Tokenizer(vocab_size=8192)  # with merges, some of them across the end of a context
+    model = random_model(replace(CONFIG, vocab_size=8192))
     samples = lm_eval_samples(model, tokenizer, data, tmp_path)
     examples = load_examples(data, tokenizer, style="lm-eval")
     scores = score(model, examples)
