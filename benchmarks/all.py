@@ -35,9 +35,9 @@ class Row:
 
 SMALL = "train_step.py --shape small --seq_len 256"
 ROWS = {
-    "training step, original shape, 4 x 1,024": Row("train_step.py"),
-    "training step, original shape, 2 x 512": Row("train_step.py --batch_size 2 --seq_len 512"),
-    "training step, original shape, 1 x 4,096": Row("train_step.py --batch_size 1 --seq_len 4096"),
+    "training step, original shape, 4 x 1,024": Row("train_step.py --turns 2"),
+    "training step, original shape, 2 x 512": Row("train_step.py --batch_size 2 --seq_len 512 --turns 2"),
+    "training step, original shape, 1 x 4,096": Row("train_step.py --batch_size 1 --seq_len 4096 --turns 1"),
     "training step, small shape, 16 x 256": Row(f"{SMALL} --batch_size 16 --steps 5 --turns 5"),
     "training step, small shape, 4 micro-steps": Row(f"{SMALL} --batch_size 4 --accumulation 4 --steps 5 --turns 5"),
     "generation, greedy": Row("generate.py --sampling greedy"),

@@ -22,6 +22,7 @@ from common import DEVICE, Worker, hugging_face, medians, report, take_turns
 
 from generate import generate
 from model import ModelConfig, Transformer
+from model_utils import fastest_dtype
 
 SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_p": 0.95}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,7 +116,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=4, help="prompts (default: 4)")
     parser.add_argument("--new_tokens", type=int, default=128, help="tokens that each is continued by (default: 128)")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of weights and cache")
+    fastest = str(fastest_dtype(DEVICE)).removeprefix("torch.")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=[fastest], help=f"of weights and cache (default: {fastest})"
+    )
     parser.add_argument(
         "--sampling",
         nargs="+",
