@@ -1,6 +1,6 @@
 """Every benchmark, and from their figures the table in README.md: nothing may get slower unnoticed.
 
-    python benchmarks/all.py                     all of them: an hour and a half on two cores
+    python benchmarks/all.py                     all of them: 40 minutes on two cores
     python benchmarks/all.py --only generation   those whose name holds the word; the other rows stay as they are
 
 A row compares our fastest way with the peer's fastest. The new table replaces the old one between its two marks; where
@@ -37,11 +37,11 @@ SMALL = "train_step.py --shape small --seq_len 256"
 ROWS = {
     "training step, original shape, 4 x 1,024": Row("train_step.py --turns 2"),
     "training step, original shape, 2 x 512": Row("train_step.py --batch_size 2 --seq_len 512 --turns 2"),
-    "training step, original shape, 1 x 4,096": Row("train_step.py --batch_size 1 --seq_len 4096 --turns 1"),
-    "training step, small shape, 16 x 256": Row(f"{SMALL} --batch_size 16 --steps 5 --turns 5"),
-    "training step, small shape, 4 micro-steps": Row(f"{SMALL} --batch_size 4 --accumulation 4 --steps 5 --turns 5"),
-    "generation, greedy": Row("generate.py --sampling greedy"),
-    "generation, sampled": Row("generate.py --sampling sampled"),
+    "training step, small shape, 16 x 256": Row(f"{SMALL} --batch_size 16 --steps 4"),
+    "training step, small shape, 4 micro-steps of 4 x 256": Row(f"{SMALL} --batch_size 4 --accumulation 4 --steps 4"),
+    "training step, small shape, 1 x 4,096": Row(f"{SMALL.replace('256', '4096')} --batch_size 1 --steps 4"),
+    "generation, greedy": Row("generate.py --sampling greedy --turns 2"),
+    "generation, sampled": Row("generate.py --sampling sampled --turns 2"),
     "HellaSwag, one example at a time": Row("hellaswag.py", "one example", "examples_per_sec", "examples/s"),
     "HellaSwag, Hugging Face": Row("hellaswag.py", "Hugging Face", "examples_per_sec", "examples/s"),
     "two processes, against one": Row("data_parallel.py", "1 process"),
