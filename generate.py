@@ -49,16 +49,6 @@ def sample_next(logits: Tensor, temperature: float, top_p: float, generator: tor
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
-def next_logits(model: Transformer, x: Tensor) -> Tensor:
-    """Logits (B, V) of hidden states (B, D), one a row."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return model.output(x)
-    # A step takes as long as reading the weights does, and most of them are here. For so few rows x @ W.T runs on one
-    # core; of W @ x.T the cores share the rows of W, if x is a matrix: a single x is taken twice.
-    rows = x if len(x) > 1 else x.repeat(2, 1)
-    return (model.output.weight @ rows.T).T[: len(x)]
-
-
 @torch.inference_mode()
 def generate(
     model: Transformer,
@@ -92,13 +82,13 @@ def generate(
 
     stop = torch.tensor(list(stop_tokens), dtype=torch.int64, device=parameter.device)
     hidden = model.hidden(padded, cache=cache)[torch.arange(len(prompts)), lengths - 1]  # (B, D), each row's last
-    new = [sample_next(next_logits(model, hidden), temperature, top_p, generator)]
+    new = [sample_next(model.output(hidden), temperature, top_p, generator)]
     ended = torch.isin(new[0], stop) | (lengths == longest - 1)
     while len(new) < max_new_tokens and not ended.all():
         # A row that has ended goes on to the others' end, within the cache; what it adds is cut off below.
         hidden = model.hidden(new[-1][:, None], cache=cache, start=lengths.clamp(max=cache_len - 1))
         lengths = lengths + 1
-        new.append(sample_next(next_logits(model, hidden[:, 0]), temperature, top_p, generator))
+        new.append(sample_next(model.output(hidden[:, 0]), temperature, top_p, generator))
         ended |= torch.isin(new[-1], stop) | (lengths >= longest - 1)
     texts = []
     for prompt, ids in zip(prompts, torch.stack(new, dim=1).tolist(), strict=True):

@@ -291,7 +291,7 @@ def validate(
     for x, y in validation_batches(
         streams,
         seq_len=cfg.model.max_seq_len,
-        batch_size=max(1, cfg.batch_size // 4),  # uncompiled, the logits are held three times over
+        batch_size=cfg.batch_size,
         max_tokens=cfg.val_tokens,
         rank=process.rank,
         world_size=process.world_size,

@@ -12,7 +12,7 @@ import torch
 from test_model import TINY, hf_twin, one_thread, random_model  # noqa: F401 (one_thread acts by being here)
 
 import generate as script
-from generate import CANDIDATES, complete, generate, next_logits, nucleus, sample_next
+from generate import CANDIDATES, complete, generate, nucleus, sample_next
 from model import KVCache
 from model_utils import save_checkpoint
 from tokenizer import Tokenizer
@@ -124,16 +124,6 @@ def test_a_model_cast_to_bf16_takes_ids_that_are_its_likeliest_without_a_cache_t
             logits = model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1].float()
         taken = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
         torch.testing.assert_close(taken, logits.amax(-1), rtol=0, atol=0.03 * float(logits.std()))
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5])
-def test_logits_of_a_few_rows_equal_the_output_layers(rows):
-    model = random_model()
-    x = torch.randn(rows, model.config.dim)
-    with torch.no_grad():
-        torch.testing.assert_close(next_logits(model, x), model.output(x), rtol=1e-5, atol=1e-5)
-        x, model = x.bfloat16(), model.to(torch.bfloat16)
-        torch.testing.assert_close(next_logits(model, x), model.output(x), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- where a row ends

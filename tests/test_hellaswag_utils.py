@@ -25,7 +25,7 @@ from hellaswag_utils import (
     render,
     score,
 )
-from model import ModelConfig, Transformer
+from model import Linear, ModelConfig, Transformer
 from model_utils import save_checkpoint
 from tokenizer import NUM_SPECIAL_TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
@@ -431,9 +431,7 @@ def test_a_checkpoint_trained_in_bfloat16_is_scored_in_what_is_fast_here(
 ):
     used = set()
     monkeypatch.setattr(hellaswag_utils, "fastest_dtype", lambda device: fastest)
-    monkeypatch.setattr(
-        torch.nn.Linear, "forward", lambda self, x: used.add((y := F.linear(x, self.weight)).dtype) or y
-    )
+    monkeypatch.setattr(Linear, "forward", lambda self, x: used.add((y := F.linear(x, self.weight)).dtype) or y)
     path = save(tmp_path / "bf16", model, tokenizer, dtype="bfloat16")
     assert main(monkeypatch, "--checkpoint", path, "--data", data) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["hellaswag_examples"] == 5

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from model import KVCache, ModelConfig, Transformer, apply_rope, document_positions, rope_tables
+from model import KVCache, Linear, ModelConfig, OutputLoss, Transformer, apply_rope, document_positions, rope_tables
 
 TINY = {
     "dim": 32,
@@ -221,6 +221,59 @@ def test_loss_without_gradients_is_the_same(mode):
         loss = model(tokens, targets)
     assert not loss.requires_grad
     assert_close(loss, model(tokens, targets).detach(), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2,), (8,), (9,), (1, 1), (4, 1), (3, 3)])
+def test_a_linear_layer_is_torchs_for_few_rows_and_for_many(shape, dtype):
+    torch.manual_seed(0)
+    layer = Linear(16, 24).to(dtype)
+    x = torch.randn(*shape, 16, dtype=dtype, requires_grad=True)
+    results = []
+    for y in (layer(x), F.linear(x, layer.weight)):
+        gradients = torch.autograd.grad(y.square().sum(), (x, layer.weight))
+        results.append((y, *gradients))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("size", [1, 7, 32, 63, 64, 65])
+def test_a_loss_in_slices_has_the_value_and_the_gradients_of_the_whole(monkeypatch, size, tie_embeddings):
+    """64 tokens, of which some do not count; the last slice may be short, and one slice counts nothing."""
+    monkeypatch.setattr(OutputLoss, "SLICE", size)
+    model = random_model(tie_embeddings=tie_embeddings)
+    tokens, targets = random_tokens(2, 32), random_tokens(2, 32, seed=2)
+    targets[0, :9] = targets[1, 20] = -100
+    parameters = list(model.parameters())
+    whole = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    expected = torch.autograd.grad(3 * whole, parameters)
+    sliced = model(tokens, targets)
+    torch.testing.assert_close(sliced, whole)
+    for (name, _), a, b in zip(
+        model.named_parameters(), torch.autograd.grad(3 * sliced, parameters), expected, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, targets), whole)
+
+
+def test_slices_under_bf16_autocast_add_up_in_float32(monkeypatch):
+    """512 of them: a sum in bfloat16 loses what is smaller than a 256th of it."""
+    monkeypatch.setattr(OutputLoss, "SLICE", 1)
+    model = random_model()
+    weight = model.output.weight
+    x, targets = torch.randn(16, 32, model.config.dim), random_tokens(16, 32, seed=2)
+    [exact] = torch.autograd.grad(F.cross_entropy(model.output(x).flatten(0, 1), targets.flatten()), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(x, targets)
+    [rough] = torch.autograd.grad(loss, weight)
+    assert (rough - exact).norm() < 0.01 * exact.norm()
+
+
+def test_targets_that_all_do_not_count_have_no_mean():
+    """As with torch's own cross-entropy."""
+    model = random_model()
+    assert model(random_tokens(1, 8), torch.full((1, 8), -100)).isnan()
 
 
 def test_loss_and_gradients_under_bf16_autocast_are_near_float32():
