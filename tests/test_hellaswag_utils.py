@@ -485,12 +485,14 @@ LM_EVAL_ROWS = [
 ENDINGS = [
     [" sat down.", "[title] Tips [substeps] Use soap, not oil.", "é è ê ü ö ä", "flew away."],
     ["runs.", "[step] walks [title] off.", "", "東京"],
+    ["ééééé", "runs off.", "üüü", "東京"],  # characters and bytes choose differently
 ]
 
 
 def lm_eval_rows():
-    for i, (row, endings) in enumerate(itertools.product(LM_EVAL_ROWS, ENDINGS)):
-        yield {"ind": i, **row, "ctx": "not read", "endings": endings, "label": i % 4}
+    """Each row with each label, so that being right tells which ending was chosen."""
+    for i, (row, endings, label) in enumerate(itertools.product(LM_EVAL_ROWS, ENDINGS, range(4))):
+        yield {"ind": i, **row, "ctx": "not read", "endings": endings, "label": label}
 
 
 def test_lm_evals_rendering(tokenizer):
@@ -580,4 +582,12 @@ def test_log_likelihoods_and_choices_equal_lm_evaluation_harness(tmp_path):
         assert [ending.sum().item() for ending in log_probs] == pytest.approx(theirs, abs=1e-3)
         by_sum, by_norm = choose(example, log_probs)
         assert ((by_sum == example.label), (by_norm == example.label)) == (sample["acc"], sample["acc_norm"])
-    assert 0 < sum(sample["acc"] for sample in samples) < len(samples), "this would show nothing"
+    in_bytes = [
+        replace(e, lengths=[len(end.encode()) for end in s["doc"]["choices"]])
+        for e, s in zip(examples, samples, strict=True)
+    ]
+    others = [
+        choose(e, log_probs)[1] != choose(b, log_probs)[1]
+        for e, b, log_probs in zip(examples, in_bytes, scores, strict=True)
+    ]
+    assert any(others), "this would not tell characters from bytes"
