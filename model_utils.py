@@ -151,10 +151,11 @@ def can_compile(device: torch.device) -> bool:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware. Elsewhere, as on most laptops' CPUs, it is emulated, up to a
-    hundred times slower than float32."""
+    """bfloat16 where the device multiplies it in hardware. Elsewhere, as on most laptops' CPUs, it is emulated, ten to
+    a hundred times slower than float32."""
     if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     else:
@@ -163,15 +164,18 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The matrices that products read, by name, in `dtype`; gradients flow back through them to the parameters.
+    """The blocks' matrices by name, in `dtype`; gradients flow back through them to the parameters.
 
-    For `torch.func.functional_call`: autocast alone would cast them in every micro-step. The embedding is a look-up.
+    For `torch.func.functional_call`: autocast alone would cast them in every micro-step. The embedding is a look-up,
+    and the output layer's gradient is summed in float32, so OutputLoss casts its matrix itself.
     """
-    return {
-        name: p.to(dtype)
-        for name, p in model.named_parameters()
-        if p.dim() == 2 and p.dtype != dtype and not name.endswith("tok_embeddings.weight")
-    }
+    names = [name for name, p in model.named_parameters() if p.dim() == 2 and p.dtype != dtype and "layers." in name]
+    weights = {name: model.get_parameter(name).to(dtype) for name in names}
+    for weight in weights.values():
+        # Autograd takes what was made last first. Made before the forward pass, the casts would all wait for its end,
+        # and data parallelism could send no gradient meanwhile.
+        weight.grad_fn._set_sequence_nr(2**63 - 1)
+    return weights
 
 
 def keep_freed_memory() -> None:

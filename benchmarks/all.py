@@ -3,8 +3,8 @@
     python benchmarks/all.py                     all of them: 40 minutes on two cores
     python benchmarks/all.py --only generation   those whose name holds the word; the other rows stay as they are
 
-A row compares our fastest way with the peer's fastest. The new table replaces the old one between its two marks; where
-a ratio has fallen by more than a tenth, the row is named and the exit status is 1.
+A row compares our fastest way with the peer's fastest, and takes the place of the old one in the table. Where a ratio
+has fallen by more than a tenth, the old row stays, the new one is printed, and the exit status is 1; --accept takes it.
 """
 
 import argparse
@@ -82,37 +82,44 @@ def as_line(name: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def rows_of(table: str) -> dict[str, str]:
-    """The lines of a table by their first cell."""
-    return {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("| ")}
+def read_table() -> tuple[str, dict[str, str]]:
+    """The README's table: the line above it, that names the machine, and its lines by their first cell."""
+    text = README.read_text(encoding="utf-8")
+    block = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    lines = [line for line in block.splitlines() if line.startswith("| ")]
+    return block.partition("\n")[0], {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+
+
+def write_table(heading: str, rows: dict[str, str]) -> None:
+    lines = [heading, "", HEAD, re.sub(r"[^|]+", " --- ", HEAD), *(rows[name] for name in ROWS if name in rows)]
+    text = README.read_text(encoding="utf-8")
+    block = "\n".join([BEGIN, *lines, ""])
+    README.write_text(text[: text.index(BEGIN)] + block + text[text.index(END) :], encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a word that the names of the rows to measure hold (default: all)")
+    parser.add_argument("--accept", action="store_true", help="take rows that have become slower into the table")
     args = parser.parse_args()
     names = [name for name in ROWS if args.only in name]
     if not names:
         parser.error(f"--only {args.only}: no row's name holds it; there are: {'; '.join(ROWS)}")
-    text = README.read_text(encoding="utf-8")
-    old = rows_of(text[text.index(BEGIN) : text.index(END)])
-    rows, slower = dict(old), []
+    heading, rows = read_table()
+    if not heading.startswith(machine()):
+        rows = {}  # of another machine: nothing to compare with
+    slower = False
     for name in names:
-        rows[name] = as_line(name)
-        print(rows[name], flush=True)
-        if name in old:
-            before, now = (float(line.split(" | ")[4]) for line in (old[name], rows[name]))
+        line = as_line(name)
+        print(line, flush=True)
+        if name in rows and not args.accept:
+            before, now = (float(some.split(" | ")[4]) for some in (rows[name], line))
             if now < 0.9 * before:
-                slower.append(f"{name}: {before} times the peer before, {now} now")
-    lines = [rows[name] for name in ROWS if name in rows]
-    date = datetime.date.today().isoformat()
-    table = f"{HEAD}\n{re.sub(r'[^|]+', ' --- ', HEAD)}\n" + "\n".join(lines)
-    note = f"{machine()}, {date}" + (f" ({args.only}; other rows are older)" if args.only else "")
-    text = README.read_text(encoding="utf-8")
-    text = text[: text.index(BEGIN)] + f"{BEGIN}\n{note}:\n\n{table}\n" + text[text.index(END) :]
-    README.write_text(text, encoding="utf-8")
-    for line in slower:
-        print(f"slower: {line}", file=sys.stderr)
+                print(f"slower: {name}: {before} times the peer before, {now} now", file=sys.stderr)
+                slower = True
+                continue
+        rows[name] = line
+        write_table(f"{machine()}, {datetime.date.today().isoformat()}:", rows)
     return 1 if slower else 0
 
 

@@ -270,6 +270,32 @@ def test_slices_under_bf16_autocast_add_up_in_float32(monkeypatch):
     assert (rough - exact).norm() < 0.01 * exact.norm()
 
 
+def test_a_target_that_is_nearly_certain_keeps_its_gradient_in_bf16():
+    """With p rounded to bfloat16 before 1 is taken away, 0 or a multiple would be left; and with 12 shares, which
+    bfloat16 does not hold exactly, each target would be pushed."""
+    model = random_model()
+    targets = random_tokens(1, 12)
+    with torch.no_grad():
+        model.output.weight.copy_(model.output.weight.bfloat16())
+        x = (6 * F.normalize(model.output.weight[targets]) + 0.5).bfloat16().float().requires_grad_()
+    logits = model.output(x)
+    assert logits.softmax(-1).amax() > 0.99
+    [exact] = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(x, targets)
+    [rough] = torch.autograd.grad(loss, x)
+    assert ((rough - exact).norm(dim=-1) < 0.05 * exact.norm(dim=-1)).all()
+
+
+def test_a_loss_goes_backward_only_once_and_says_so():
+    model = random_model()
+    tokens = random_tokens(1, 8)
+    loss = model(tokens, tokens)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        loss.backward()
+
+
 def test_targets_that_all_do_not_count_have_no_mean():
     """As with torch's own cross-entropy."""
     model = random_model()
