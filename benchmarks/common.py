@@ -34,7 +34,10 @@ def machine() -> str:
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
+    dtype = str(fastest_dtype(DEVICE)).removeprefix("torch.")
+    return (
+        f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {dtype}, torch {torch.__version__}"
+    )
 
 
 # ---------------------------------------------------------------- turns
