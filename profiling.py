@@ -1,5 +1,6 @@
 """Where the time and the memory of a training step go."""
 
+import atexit
 from pathlib import Path
 
 import torch
@@ -27,18 +28,18 @@ class StepProfiler:
     def __init__(self, steps: int, folder: Path, device: torch.device):
         self.folder, self.device, self.last = folder, device, self.SKIPPED + steps
         self.done, self.finished = 0, False
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self.profiler = torch.profiler.profile(activities=activities)
 
     def step(self) -> None:
         """To be called behind every step."""
         self.done += 1
         if self.done == self.SKIPPED:
+            activities = [torch.profiler.ProfilerActivity.CPU]
             if self.device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
                 torch.cuda.memory._record_memory_history()
+            self.profiler = torch.profiler.profile(activities=activities)
             self.profiler.start()
+            atexit.register(self.finish)  # of a run that fails, too: a profiler still running crashes the interpreter
         elif self.done == self.last:
             self.finish()
 
@@ -47,13 +48,14 @@ class StepProfiler:
         if self.finished:
             return
         self.finished, recorded = True, self.done - self.SKIPPED
+        if recorded >= 0:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.profiler.stop()
         if recorded <= 0:
             print(f"nothing was profiled: the run has to go on for more than {self.SKIPPED} steps")
             return
-        kind = self.device.type if self.device.type == "cuda" else "cpu"
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        self.profiler.stop()
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
         self.folder.mkdir(exist_ok=True)
         self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
         operations = self.profiler.key_averages()

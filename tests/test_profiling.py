@@ -1,6 +1,9 @@
 """profiling.py: what --profile leaves and prints. CPU, no network."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from model_utils import Process
 from profiling import StepProfiler, start_profiler
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def work() -> None:
@@ -33,6 +37,23 @@ def test_steps_behind_the_first_two_are_recorded(tmp_path, capsys, steps, run, r
     assert out.count(f"the ten costliest operations of {recorded} steps") == 1
     rows = [line for line in out.splitlines() if line.lstrip().startswith("aten::")]
     assert 0 < len(rows) <= 10 and any("aten::mm" in row for row in rows)
+
+
+@pytest.mark.parametrize("run", [2, 3])
+def test_a_run_that_fails_ends_as_it_would_without(tmp_path, run):
+    lines = f"""
+import sys, torch
+from pathlib import Path
+from profiling import StepProfiler
+profiler = StepProfiler(9, Path({str(tmp_path)!r}), torch.device("cpu"))
+for _ in range({run}):
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    profiler.step()
+sys.exit(3)
+"""
+    result = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 3, result.stderr
+    assert (tmp_path / "trace.json").is_file() == (run == 3)
 
 
 @pytest.mark.parametrize("run", [0, 1, 2])
