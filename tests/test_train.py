@@ -379,14 +379,14 @@ def test_ranks_hold_the_same_bits_after_every_update(whole_of_two):
 
 def test_two_processes_train_what_one_trains_in_bf16_too(flags_for, tmp_path):
     """Where the weights are cast beforehand, and swapped for the parameters under DDP's eyes."""
-    changes = {"dtype": "bfloat16", "max_steps": 5, "val_every": 0, "max_lr": 1e-2}
+    changes = {"dtype": "bfloat16", "max_steps": 3, "val_every": 0, "max_lr": 1e-2}
     script = driver(tmp_path / "drivers", RECORD)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     command = [*torchrun, *flags_for(tmp_path / "two", **changes)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr
     hashes = [noted(script, "hashes", rank) for rank in (0, 1)]
-    assert len(set(hashes[0])) == 5 and hashes[0] == hashes[1]
+    assert len(set(hashes[0])) == 3 and hashes[0] == hashes[1]
     assert train_here(flags_for(tmp_path / "one", **changes)).status == 0
     for row, other in zip(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"), strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], abs=0.02)
