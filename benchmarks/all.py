@@ -35,7 +35,7 @@ class Row:
 
 SMALL = "train_step.py --shape small --seq_len 256"
 ROWS = {
-    "training step, original shape, 4 x 1,024": Row("train_step.py --turns 2"),
+    "training step, original shape, 4 x 1,024": Row("train_step.py --turns 1"),
     "training step, original shape, 2 x 512": Row("train_step.py --batch_size 2 --seq_len 512 --turns 2"),
     "training step, small shape, 16 x 256": Row(f"{SMALL} --batch_size 16 --steps 4"),
     "training step, small shape, 4 micro-steps of 4 x 256": Row(f"{SMALL} --batch_size 4 --accumulation 4 --steps 4"),
