@@ -361,7 +361,10 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats, of hidden states (B, T, D) against targets (B, T)."""
+        """Mean cross-entropy, in nats, of hidden states (B, T, D) against targets (B, T).
+
+        Unless gradients are off, they are computed on the way, by OutputLoss: evaluate under `torch.no_grad`.
+        """
         x, targets, device = x.flatten(0, 1), targets.flatten(), x.device.type
         if not torch.is_grad_enabled():
             slices = zip(x.split(OutputLoss.SLICE), targets.split(OutputLoss.SLICE), strict=True)
