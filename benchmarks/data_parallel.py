@@ -1,7 +1,7 @@
 """One process of all cores against two that halve them: train.py's tokens a second, and the loss that each ends with.
 
     python benchmarks/data_parallel.py                 dim 256, 6 layers, 8,192 ids, 4,096 tokens a step: 3 minutes
-    python benchmarks/data_parallel.py --processes 8   GPUs, if this machine has as many, else shares of its cores
+    python benchmarks/data_parallel.py --processes 8   a GPU each; without any, shares of the cores
 
 Both train the same model on the same windows of the sample corpus, in turns. What data parallelism costs is what the
 second loses: the gradients' way between the processes, as far as it does not hide behind the backward pass. With a GPU
