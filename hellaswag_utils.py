@@ -3,7 +3,7 @@
     python hellaswag_utils.py --checkpoint runs/mine --data data/hellaswag/hellaswag_val.jsonl
     python hellaswag_utils.py --checkpoint runs/mine --data data/hellaswag/hellaswag_val.jsonl --style lm-eval
 
-A language model answers by the ending that it finds likeliest behind the context. `acc` takes the highest sum of the
+A language model answers by the ending that it finds likeliest after the context. `acc` takes the highest sum of the
 ending's log-probabilities; `acc_norm` the highest sum divided by the ending's length, so that short endings have no
 advantage. There are two styles:
 
@@ -258,12 +258,15 @@ def main() -> int:
         device = pick_device(args.device)
         model, checkpoint = load_model(args.checkpoint, device)
         examples = load_examples(args.data, Tokenizer(vocab_size=model.config.vocab_size), args.limit, args.style)
+        dtype = fastest_dtype(device) if checkpoint["config"]["dtype"] == "bfloat16" else torch.float32
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            counts = count_correct(model, examples, batch_tokens=args.batch_tokens, show_progress=True)
+    except torch.OutOfMemoryError as error:
+        print(f"hellaswag_utils.py: {error} Halve --batch_tokens; the scores stay the same", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"hellaswag_utils.py: {error}", file=sys.stderr)
         return 1
-    dtype = fastest_dtype(device) if checkpoint["config"]["dtype"] == "bfloat16" else torch.float32
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        counts = count_correct(model, examples, batch_tokens=args.batch_tokens, show_progress=True)
     named = {"benchmark": benchmark_name(args.data), "style": args.style, "step": checkpoint["step"]}
     print(json.dumps(named | as_metrics(counts)))
     return 0

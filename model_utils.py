@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from files import atomic_write
 from model import ModelConfig, Transformer
+from workers import num_cores
 
 # ---------------------------------------------------------------- processes and devices
 
@@ -89,7 +91,7 @@ def start_process(device: torch.device) -> Process:
         keep_freed_memory()
     if world_size() > 1:
         if device.type == "cpu":  # torchrun sets one thread a process, whatever the cores
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+            torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
             dist.init_process_group("gloo")
         else:
             dist.init_process_group("nccl", device_id=device)
@@ -127,7 +129,7 @@ def share(loss: float, stop: int, process: Process) -> tuple[list[float], int]:
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the loop grants behind the current step; the second kills."""
+    """Turns the first Ctrl-C or SIGTERM into a wish that the loop grants after the current step; the second kills."""
 
     def __init__(self):
         self.number = 0  # of the signal that came
@@ -195,6 +197,7 @@ def keep_freed_memory() -> None:
 # Dense bf16 peak of a card in FLOP/s, from the vendors' data sheets; the first name found in the card's name counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "GH200": 989e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -216,7 +219,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for card, flops in PEAK_FLOPS.items():
-            if card in name:
+            if re.search(rf"\b{card}\b", name):  # an "RTX A1000" is no A100
                 return flops
     n = 1024 if device.type == "cpu" else 4096
     a = torch.randn(n, n, device=device).to(dtype)
@@ -301,33 +304,39 @@ def load_checkpoint(path: str | Path, device: torch.device | str) -> dict:
 
     Raises:
         ValueError: the file is damaged or not one of ours.
+        OSError, MemoryError, torch.OutOfMemoryError: it could not be read, or does not fit.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the check sums
             if damaged := archive.testzip():
                 raise ValueError(f"the check sum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if checkpoint["format_version"] != CHECKPOINT_FORMAT_VERSION:
-            raise ValueError(f"format {checkpoint['format_version']}, this code reads {CHECKPOINT_FORMAT_VERSION}")
-    except FileNotFoundError:
+        version = checkpoint["format_version"]
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # the file may be in order
         raise
     except Exception as error:  # zip, pickle and torch errors: for the user all mean the same
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint ({reason}); delete it and use an older one") from error
+    if version != CHECKPOINT_FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: of format {version}, this code reads {CHECKPOINT_FORMAT_VERSION}; take the code that wrote it"
+        )
     return checkpoint
 
 
 def load_model(path: str | Path, device: torch.device | str) -> tuple[Transformer, dict]:
-    """The model of a checkpoint (file or run directory), rebuilt from the file alone, and the checkpoint."""
+    """The model of a checkpoint (file or run directory), rebuilt from the file alone, and what else the checkpoint
+    holds: its weights and the optimizers' state, twice as large, are let go."""
     path = find_checkpoint(path)
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path, "cpu")  # of a GPU's memory the weights alone are taken
     try:
-        model = Transformer(ModelConfig(**checkpoint["config"]["model"])).to(device)
-        model.load_state_dict(checkpoint["model"])
+        model = Transformer(ModelConfig(**checkpoint["config"]["model"]))
+        model.load_state_dict(checkpoint.pop("model"))
     except (KeyError, TypeError, RuntimeError) as error:  # a field or weight missing, unknown or of another shape
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: its weights and its configuration do not make a model ({reason})") from error
-    return model.eval(), checkpoint
+    checkpoint.pop("optimizers", None)
+    return model.to(device).eval(), checkpoint
 
 
 def random_state() -> dict:

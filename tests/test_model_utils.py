@@ -168,9 +168,27 @@ def test_flops_per_token_by_hand(config):
 
 def test_peak_of_a_known_gpu_is_its_data_sheets(monkeypatch):
     gpu = torch.device("cuda", 0)
-    for name, flops in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12)):
+    cards = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA GH200 480GB": 989e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA L4": 121e12,
+    }
+    for name, flops in cards.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(gpu, torch.bfloat16) == flops
+
+
+def test_peak_of_another_gpu_with_a_similar_name_is_measured(monkeypatch):
+    def measured(*args, **kwargs):
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A1000 Laptop GPU")  # no A100
+    monkeypatch.setattr(torch, "randn", measured)
+    with pytest.raises(InterruptedError):
+        peak_flops(torch.device("cuda", 0), torch.bfloat16)
 
 
 def test_peak_of_a_cpu_is_measured():
@@ -415,7 +433,9 @@ def test_checkpoint_brings_back_model_optimizers_and_random_state(tmp_path, opti
     path = save_checkpoint(tmp_path, checkpoint_at(7, model) | extra, keep=1, is_best=False)
     drawn = torch.rand(3), random.random()
 
-    loaded, checkpoint = load_model(path, "cpu")
+    loaded, rest = load_model(path, "cpu")
+    assert rest.keys() == checkpoint_at(7, model).keys() - {"model"} | {"format_version", "random_state"}
+    checkpoint = load_checkpoint(path, "cpu")
     assert checkpoint["step"] == 7 and loaded.config == TINY and not loaded.training
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
@@ -533,11 +553,30 @@ def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path):
         load_checkpoint(path, "cpu")
 
 
-@pytest.mark.parametrize("content", [{"step": 1}, {"format_version": 99}, [1, 2]])
+@pytest.mark.parametrize("content", [{"step": 1}, [1, 2]])
 def test_other_torch_files_are_no_checkpoints(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt: not a readable checkpoint"):
         load_checkpoint(tmp_path / "other.pt", "cpu")
+
+
+def test_checkpoint_of_another_format_is_told_from_a_damaged_one(tmp_path):
+    torch.save({"format_version": 99}, tmp_path / "newer.pt")
+    with pytest.raises(ValueError, match=r"newer\.pt: of format 99, this code reads 1; take the code that wrote it"):
+        load_checkpoint(tmp_path / "newer.pt", "cpu")
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, PermissionError])
+def test_no_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, error):
+    """Who is told to delete the file has lost a good one."""
+    path = save(tmp_path, 1)
+
+    def load(*args, **kwargs):
+        raise error("no room")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(error, match="no room"):
+        load_checkpoint(path, "cpu")
 
 
 def test_missing_checkpoint_is_a_missing_file(tmp_path):
