@@ -357,7 +357,7 @@ def train(cfg: Config, process: Process) -> int:
         restore_random_state(checkpoint["random_state"])
         start_step, best_val_loss, run_id = (checkpoint[key] for key in ("step", "best_val_loss", "run_id"))
         del checkpoint  # its second copy of the weights
-        process.print(f"resuming from {saved[0]} behind step {start_step}")
+        process.print(f"resuming from {saved[0]} after step {start_step}")
 
     # The wrappers see the loaded weights; evaluation and saving use the bare `model`
     if cfg.compile is True or (cfg.compile == "auto" and can_compile(device)):
@@ -504,12 +504,7 @@ def train(cfg: Config, process: Process) -> int:
                 f"step {step:>6}  loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
                 f"{tokens_per_sec:,.0f} tokens/s  mfu {row['mfu']:.0%}  {timedelta(seconds=round(left))} left"
             )
-        figures = evaluate(
-            step,
-            val=last or is_due(cfg.val_every, step),
-            hellaswag=is_due(cfg.hellaswag_every, step) or (last and cfg.hellaswag_every > 0),
-            sample=is_due(cfg.generate_every, step) or (last and cfg.generate_every > 0),
-        )
+        figures = evaluate(step, val=last or is_due(cfg.val_every, step), hellaswag=False, sample=False)
         if last or stop or is_due(cfg.save_every, step):
             is_best = figures.get("val_loss", math.inf) < best_val_loss
             best_val_loss = min(best_val_loss, figures.get("val_loss", math.inf))
@@ -527,10 +522,16 @@ def train(cfg: Config, process: Process) -> int:
             folder, keep = out_dir / "checkpoints", cfg.keep_checkpoints
             in_main_process(partial(save_checkpoint, folder, checkpoint, keep=keep, is_best=is_best), process)
             process.print(f"step {step:>6}  saved in {folder}")
+        evaluate(  # what takes longer, when the step is safe: torchrun kills 30 seconds after a signal
+            step,
+            val=False,
+            hellaswag=is_due(cfg.hellaswag_every, step) or (last and cfg.hellaswag_every > 0),
+            sample=is_due(cfg.generate_every, step) or (last and cfg.generate_every > 0),
+        )
     profiler.finish()
     metrics.close()
     if step < cfg.max_steps:
-        process.print(f"stopped behind step {step} by {signal.Signals(stop).name}; --resume True goes on there")
+        process.print(f"stopped after step {step} by {signal.Signals(stop).name}; --resume True goes on there")
         return 128 + stop
     if process.is_main:
         write_report([out_dir], out_dir / "report.html")
