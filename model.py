@@ -237,9 +237,9 @@ class Attention(nn.Module):
         if cached is not None:
             cache, positions = cached
             k, v = cache.update(self.layer, k, v, positions)  # (B, S, G, K)
-        elif mask is not None:
-            # CUDA's kernels that take a mask want as many key/value heads as heads, else they give way to one that
-            # holds all T x T scores (pytorch 139586).
+        elif mask is not None or (q.is_cuda and q.dtype == torch.float32):
+            # CUDA's kernels that take a mask, or float32, want as many key/value heads as heads, else they give way to
+            # one that holds all T x T scores (pytorch 139586, transformers 48633).
             k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
         # is_causal, not a mask, where documents need none: a mask of our own turns the flash kernels off. enable_gqa
         # lets H / G query heads share a key/value head without copying it.
@@ -332,10 +332,10 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream behind the last block, (B, T, D), normalised: what the output layer reads.
+        """The residual stream after the last block, (B, T, D), normalised: what the output layer reads.
 
         `mask` (B, 1, T, T), bool, says which tokens (last) each token (last but one) sees, where `positions` are not
-        those of documents one behind the other.
+        those of documents one after the other.
         """
         T = tokens.shape[1]
         cached = None
