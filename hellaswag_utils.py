@@ -31,17 +31,15 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from model import Transformer
-from model_utils import fastest_dtype, load_model, pick_device
+from model_utils import fastest_dtype, keep_freed_memory, load_model, pick_device
 from tokenizer import Tokenizer
 
 STYLES = {"gpt2": ("ctx",), "lm-eval": ("activity_label", "ctx_a", "ctx_b")}  # and the texts that each one reads
 BATCH_TOKENS = 4096
-OUTPUT_SLICE = 256  # positions whose logits exist at once: 131 MB of them at 128,256 ids
 
 
 @dataclass(frozen=True)
@@ -176,11 +174,9 @@ def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tens
     tokens, positions, segments = tokens.to(device), positions.to(device), segments.to(device)
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     hidden = model.hidden(tokens, positions=positions, mask=seen.tril()[:, None]).flatten(0, 1)
-    # The output layer, half of the arithmetic at 128,256 ids, runs at the endings' positions alone, a slice at a time.
-    hidden, targets = hidden[predictors], torch.tensor(targets, device=device)  # (N, D), (N,)
-    slices = zip(hidden.split(OUTPUT_SLICE), targets.split(OUTPUT_SLICE), strict=True)
-    nats = [F.cross_entropy(model.output(some).float(), t, reduction="none") for some, t in slices]
-    return list((-torch.cat(nats)).cpu().split([len(ending) for row in rows for ending in row.endings]))
+    # The output layer, half of the arithmetic at 128,256 ids, runs at the endings' positions alone.
+    nats = model.nats(hidden[predictors], torch.tensor(targets, device=device))  # (N,)
+    return list((-nats).cpu().split([len(ending) for row in rows for ending in row.endings]))
 
 
 @torch.inference_mode()
@@ -256,6 +252,7 @@ def main() -> int:
         parser.error("--limit and --batch_tokens must be at least 1")
     try:
         device = pick_device(args.device)
+        keep_freed_memory()
         model, checkpoint = load_model(args.checkpoint, device)
         examples = load_examples(args.data, Tokenizer(vocab_size=model.config.vocab_size), args.limit, args.style)
         dtype = fastest_dtype(device) if checkpoint["config"]["dtype"] == "bfloat16" else torch.float32

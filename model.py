@@ -185,6 +185,12 @@ class OutputLoss(torch.autograd.Function):
         return x_grad.mul_(grad), weight_grad.mul_(grad), None, None, None
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product of x would be in: autocast's, where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class Linear(nn.Linear):
     """A matrix product, x @ W.T, without a bias.
 
@@ -365,13 +371,23 @@ class Transformer(nn.Module):
 
         Unless gradients are off, they are computed on the way, by OutputLoss: evaluate under `torch.no_grad`.
         """
-        x, targets, device = x.flatten(0, 1), targets.flatten(), x.device.type
+        x, targets = x.flatten(0, 1), targets.flatten()
         if not torch.is_grad_enabled():
-            slices = zip(x.split(OutputLoss.SLICE), targets.split(OutputLoss.SLICE), strict=True)
-            nats = sum(F.cross_entropy(self.output(some).float(), t, reduction="sum") for some, t in slices)
-            return nats / (targets != -100).sum()
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return OutputLoss.apply(x, self.output.weight, targets, dtype, self.softmax_)
+            return self.nats(x, targets).sum() / (targets != -100).sum()
+        return OutputLoss.apply(x, self.output.weight, targets, product_dtype(x), self.softmax_)
+
+    @torch.no_grad()
+    def nats(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropies (N,), in nats and float32, of hidden states (N, D) against targets (N,); 0 for a target of
+        -100. As in OutputLoss, one buffer holds the logits, a slice of the tokens at a time."""
+        dtype, size = product_dtype(x), OutputLoss.SLICE
+        weight = self.output.weight.to(dtype)
+        buffer = weight.new_empty(min(len(x), size), len(weight))
+        nats = [x.new_empty(0, dtype=torch.float32)]
+        for some, answers in zip(x.to(dtype).split(size), targets.split(size), strict=True):
+            logits = torch.mm(some, weight.T, out=buffer[: len(some)])
+            nats.append(F.cross_entropy(logits.float(), answers, reduction="none"))
+        return torch.cat(nats)
 
     def compile_blocks(self) -> None:
         """Compile each block, and the loss, instead of the whole: as fast a step, and half as long to wait for.

@@ -25,7 +25,7 @@ from hellaswag_utils import (
     render,
     score,
 )
-from model import Linear, ModelConfig, Transformer
+from model import Linear, ModelConfig, OutputLoss, Transformer
 from model_utils import save_checkpoint
 from tokenizer import NUM_SPECIAL_TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
@@ -253,11 +253,15 @@ def test_batches_are_bounded_in_tokens_and_hold_little_padding(model, monkeypatc
 
 def test_the_output_layer_runs_a_slice_at_a_time_and_where_endings_are_predicted(model, examples, monkeypatch):
     expected = score(model, examples)
-    monkeypatch.setattr(hellaswag_utils, "OUTPUT_SLICE", 64)
-    positions = []
-    hook = model.output.register_forward_pre_hook(lambda module, inputs: positions.append(len(inputs[0])))
+    monkeypatch.setattr(OutputLoss, "SLICE", 64)
+    positions, cross_entropy = [], F.cross_entropy
+
+    def watched(logits: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        positions.append(len(logits))
+        return cross_entropy(logits, *args, **kwargs)
+
+    monkeypatch.setattr(F, "cross_entropy", watched)
     sliced = score(model, examples, batch_tokens=10_000)
-    hook.remove()
     assert sum(positions) == sum(len(ending) for example in examples for ending in example.endings)
     assert max(positions) == 64
     for a, b in zip(itertools.chain(*expected), itertools.chain(*sliced), strict=True):
@@ -503,7 +507,7 @@ def test_lm_evals_rendering(tokenizer):
     assert example.context == tokenizer.encode(context, bos=True)
     endings = [" sat down.", "  Tips Use soap, not oil.", " é è ê ü ö ä", " flew away."]
     assert [tokenizer.decode(ending) for ending in example.endings] == endings
-    assert example.lengths == [9, 24, 11, 10]  # characters, behind the space that joins
+    assert example.lengths == [9, 24, 11, 10]  # characters, after the space that joins
     assert example.label == 1
     example = render({**row, **LM_EVAL_ROWS[1]}, tokenizer, "lm-eval")
     assert tokenizer.decode(example.context[1:]) == "Pets: How to wash a cat. Find it. Look\nhere."
