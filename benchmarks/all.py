@@ -5,6 +5,7 @@
 
 A row compares our fastest way with the peer's fastest, and takes the place of the old one in the table. Where a ratio
 has fallen by more than a tenth, the old row stays, the new one is printed, and the exit status is 1; --accept takes it.
+On another machine, or with another torch, all of them begin a new table.
 """
 
 import argparse
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from common import machine
+import torch
+from common import DEVICE, machine
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks/all.py writes from here -->", "<!-- to here -->"
-HEAD = "| what | command | ours | peer | ratio | of the matmul rate | peak memory, GiB, ours / peer |"
+HEAD = "| what | command | ours | peer | ratio | of the matmul rate | peak memory, GiB, ours / peer | measured |"
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,19 @@ class Row:
 
 SMALL = "train_step.py --shape small --seq_len 256"
 ROWS = {
-    "training step, original shape, 4 x 1,024": Row("train_step.py --turns 1"),
+    "training step, original shape, 4 x 1,024": Row("train_step.py"),
     "training step, original shape, 2 x 512": Row("train_step.py --batch_size 2 --seq_len 512 --turns 2"),
     "training step, small shape, 16 x 256": Row(f"{SMALL} --batch_size 16 --steps 4"),
+    "training step, small shape, 16 x 256, the peer with keep_freed_memory": Row(
+        f"{SMALL} --batch_size 16 --steps 4 --peer_keeps_memory"
+    ),
     "training step, small shape, 4 micro-steps of 4 x 256": Row(f"{SMALL} --batch_size 4 --accumulation 4 --steps 4"),
     "training step, small shape, 1 x 4,096": Row(f"{SMALL.replace('256', '4096')} --batch_size 1 --steps 4"),
     "generation, greedy": Row("generate.py --sampling greedy --turns 2"),
     "generation, sampled": Row("generate.py --sampling sampled --turns 2"),
     "HellaSwag, one example at a time": Row("hellaswag.py", "one example", "examples_per_sec", "examples/s"),
     "HellaSwag, Hugging Face": Row("hellaswag.py", "Hugging Face", "examples_per_sec", "examples/s"),
-    "two processes, against one": Row("data_parallel.py", "1 process"),
+    "two processes, against one": Row("data_parallel.py", "1 process", "tokens_per_sec_a_device"),
 }
 
 
@@ -55,7 +60,10 @@ def measure(command: str) -> dict[str, dict]:
     script, *flags = command.split()
     call = [sys.executable, str(HERE / script), *flags, "--json"]
     output = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])["ways"]
+    ways = json.loads(output.splitlines()[-1])["ways"]
+    for way, figures in ways.items():  # the table has the fastest two alone
+        print(f"  {way}: " + ", ".join(f"{key} {value:,.3g}" for key, value in figures.items()), file=sys.stderr)
+    return ways
 
 
 def as_line(name: str) -> str:
@@ -78,6 +86,7 @@ def as_line(name: str) -> str:
         f"{ours[figure] / peer[figure]:.2f}",
         pair("share_of_peak", ".0%"),
         pair("peak_gib", ".1f"),
+        datetime.date.today().isoformat(),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -106,8 +115,12 @@ def main() -> int:
     if not names:
         parser.error(f"--only {args.only}: no row's name holds it; there are: {'; '.join(ROWS)}")
     heading, rows = read_table()
-    if not heading.startswith(machine()):
-        rows = {}  # of another machine: nothing to compare with
+    if heading != f"{machine()}:":
+        if args.only:
+            parser.error(f"the table is of another machine ({heading.strip(':')}): without --only, a new one begins")
+        rows = {}
+    if DEVICE.type == "cuda" and torch.cuda.device_count() < 2:
+        names.remove("two processes, against one")
     slower = False
     for name in names:
         line = as_line(name)
@@ -119,7 +132,7 @@ def main() -> int:
                 slower = True
                 continue
         rows[name] = line
-        write_table(f"{machine()}, {datetime.date.today().isoformat()}:", rows)
+        write_table(f"{machine()}:", rows)
     return 1 if slower else 0
 
 

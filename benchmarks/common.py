@@ -81,9 +81,12 @@ def _serve(pipe, make: Callable, args: tuple) -> None:
             result = ways[name]()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
-            pipe.send({"seconds": time.perf_counter() - began, "peak_gib": _peak_memory()} | result)
+            result = {"seconds": time.perf_counter() - began, "peak_gib": _peak_memory()} | result
             if platform.system() == "Linux":
-                ctypes.CDLL(None).malloc_trim(0)  # so that one way's scraps do not count as the next one's memory
+                # So that one way's scraps do not count as the next one's memory. It takes a second for gigabytes: now,
+                # not while the other process works or the matmul rate is measured.
+                ctypes.CDLL(None).malloc_trim(0)
+            pipe.send(result)
     except EOFError:
         pass  # the benchmark is over
     except Exception:
@@ -109,14 +112,18 @@ def _peak_memory() -> float:
 
 
 def take_turns(workers: list[Worker], turns: int) -> dict[str, list[dict]]:
-    """Every way's results, turn by turn; each with the device's matmul rate in its fastest dtype, measured behind the
-    turn (a known GPU's published one), in FLOP/s, as "peak"."""
-    rows: dict[str, list[dict]] = {name: [] for worker in workers for name in worker.names}
+    """Every way's results, turn by turn; each with the device's matmul rate in its fastest dtype (a known GPU's
+    published one), in FLOP/s, as "peak": the largest of those measured before each way of the turn, because whatever
+    disturbs a measurement lowers it."""
+    worker_of = {name: worker for worker in workers for name in worker.names}
+    rows: dict[str, list[dict]] = {name: [] for name in worker_of}
     for turn in range(turns):
-        results = {name: worker.turn(name) for worker in workers for name in worker.names}
-        peak = peak_flops(DEVICE, fastest_dtype(DEVICE))
+        results, peak = {}, 0.0
+        for name, worker in worker_of.items():
+            peak = max(peak, peak_flops(DEVICE, fastest_dtype(DEVICE)))
+            results[name] = worker.turn(name)
+            print(f"turn {turn}: {name}: {results[name]['seconds']:.2f} s", file=sys.stderr, flush=True)
         for name, result in results.items():
-            print(f"turn {turn}: {name}: {result['seconds']:.2f} s", file=sys.stderr, flush=True)
             rows[name].append(result | {"peak": peak})
     return rows
 

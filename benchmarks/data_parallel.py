@@ -80,7 +80,8 @@ def main() -> None:
         row = {key: statistics.median(r[key] for r in results) for key in results[0]}
         devices = processes if DEVICE.type == "cuda" else 1
         row["share_of_peak"] = row["tokens_per_sec"] * flops / row["peak"] / devices
-        row["of_one"] = row["tokens_per_sec"] / statistics.median(r["tokens_per_sec"] for r in rows[1]) / devices
+        row["tokens_per_sec_a_device"] = row["tokens_per_sec"] / devices
+        row["of_one"] = row["tokens_per_sec_a_device"] / statistics.median(r["tokens_per_sec"] for r in rows[1])
         result[f"{processes} process{'es' if processes > 1 else ''}"] = row
     columns = {
         "tokens/s": lambda row: f"{row['tokens_per_sec']:,.0f}",

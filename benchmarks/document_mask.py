@@ -1,25 +1,50 @@
-"""What `document_mask` costs: training steps of a small model with and without it, by turns.
+"""What `document_mask` costs: training steps of the small shape with and without it, in turns.
 
 python benchmarks/document_mask.py                                    4 x 1,024 tokens
 python benchmarks/document_mask.py --batch_size 16 --seq_len 256
 """
 
 import argparse
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import DEVICE, SHAPES, Worker, medians, report, take_turns
+from torch import Tensor
+from torch.func import functional_call
+from train_step import make_update
 
 from model import ModelConfig, Transformer, document_positions
-from model_utils import fastest_dtype
-from optimizers import build_optimizers
+from model_utils import cast_weights, fastest_dtype, keep_freed_memory
 
-VOCAB, BOS = 8192, 8000
+BOS = 0  # any id, as all of them are drawn at random
+
+
+def ways(shape: tuple[int, int], document_tokens: int) -> dict[str, Callable[[], dict]]:
+    keep_freed_memory()  # as train.py does
+    config = ModelConfig(**SHAPES["small"], max_seq_len=shape[1])
+    model = Transformer(config).to(DEVICE)
+    model.compile_blocks()
+
+    def start(masked: bool, dtype: str) -> Callable:
+        weights = cast_weights(model, getattr(torch, dtype))
+
+        def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+            tokens[torch.rand(shape, device=DEVICE) < 1 / document_tokens] = BOS
+            positions = document_positions(tokens, BOS) if masked else None
+            return functional_call(model, weights, (tokens, targets), {"positions": positions})
+
+        return loss_of
+
+    def turn(update: Callable[..., dict]) -> dict:
+        dtype = str(fastest_dtype(DEVICE)).removeprefix("torch.")
+        update(dtype, "default")  # takes up the memory that a run has for good
+        return update(dtype, "default")
+
+    return {
+        name: partial(turn, make_update(model, partial(start, masked), config, shape, 1))
+        for name, masked in (("without the mask", False), ("with the mask", True))
+    }
 
 
 def main() -> None:
@@ -28,44 +53,21 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens a sequence (default: 1024)")
     parser.add_argument("--document_tokens", type=int, default=500, help="tokens a document, on average (default: 500)")
     parser.add_argument("--turns", type=int, default=15, help="steps of each kind (default: 15)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the sentence")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
     shape = args.batch_size, args.seq_len
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = ModelConfig(dim=256, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, max_seq_len=args.seq_len)
-    model = Transformer(config).to(device)
-    [optimizer] = build_optimizers(
-        model, optimizer="adamw", max_lr=1e-3, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95)
-    )
-    model.compile_blocks()
-
-    def step(masked: bool) -> float:
-        tokens, targets = torch.randint(BOS, (2, *shape), device=device)
-        tokens[torch.rand(shape, device=device) < 1 / args.document_tokens] = BOS
-        began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=fastest_dtype(device) == torch.bfloat16):
-            loss = model(tokens, targets, positions=document_positions(tokens, BOS) if masked else None)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()  # waits for a GPU
-        return tokens.numel() / (time.perf_counter() - began)
-
-    rates: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(args.turns + 2):  # the first two compile and warm up
-        for masked in rates:
-            rate = step(masked)
-            if turn >= 2:
-                rates[masked].append(rate)
-    without, with_mask = (statistics.median(rates[masked]) for masked in (False, True))
-    if args.json:
-        print(json.dumps({"shape": shape, "tokens_per_sec": without, "masked_tokens_per_sec": with_mask}))
-    else:
-        print(
-            f"{shape[0]} x {shape[1]}, documents of {args.document_tokens} tokens: {without:,.0f} tokens/s without"
-            f" the mask, {with_mask:,.0f} with it, {with_mask / without:.0%}"
-        )
+    rows = take_turns([Worker(ways, shape, args.document_tokens)], args.turns + 1)
+    result = medians({name: r[1:] for name, r in rows.items()})  # the first compiles
+    for row in result.values():
+        row["tokens_per_sec"] = args.batch_size * args.seq_len / row["seconds"]
+        row["of_unmasked"] = result["without the mask"]["seconds"] / row["seconds"]
+    columns = {
+        "tokens/s": lambda row: f"{row['tokens_per_sec']:,.0f}",
+        "of the unmasked": lambda row: f"{row['of_unmasked']:.0%}",
+        "peak memory, GiB": lambda row: f"{row['peak_gib']:.1f}",
+    }
+    title = f"small, {shape[0]} x {shape[1]} tokens, documents of {args.document_tokens} tokens"
+    report(title, columns, result, args.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ and with its static one, for which it compiles the step. The ways take turns; fi
 which compiling happens, is a column of its own.
 
 A step reads all weights but the embedding's once. How fast is told as a share of the rate at which a sum over the
-output layer's weights, measured right behind, reads them.
+output layer's weights, measured right after, reads them.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def sharpen(output: torch.nn.Linear) -> None:
 
 
 def measured(work: Callable[[], None], weight: torch.Tensor) -> dict[str, float]:
-    """How long the work takes, and right behind it the rate of the memory that bounds it."""
+    """How long the work takes, and right after it the rate of the memory that bounds it."""
 
     def seconds(work: Callable[[], object]) -> float:
         began = time.perf_counter()

@@ -10,24 +10,22 @@ through the system's cache, which the writing has just filled, and take turns; f
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import DEVICE, SHAPES
+from torch.func import functional_call
+from train_step import make_update
 
 from dataloaders import TokenStream, TrainWindows
 from files import MANIFEST, SHARD_FORMAT_VERSION, shard_name
 from model import ModelConfig, Transformer
-from model_utils import fastest_dtype
-from optimizers import build_optimizers
+from model_utils import cast_weights, fastest_dtype, keep_freed_memory
 
-CPU = torch.device("cpu")
 FOLDER_VOCAB, MODEL_VOCAB = 128_256, 8192  # the folder's calls for 32-bit ids; those drawn fit the small model
 
 
@@ -45,7 +43,7 @@ def write_shards(root: Path, shards: int, tokens: int) -> None:
 def ours(root: Path, B: int, T: int) -> Iterator:
     stream = TokenStream(root, "train", vocab_size=FOLDER_VOCAB)
     windows = TrainWindows([stream], seq_len=T, batch_size=B, accumulation=1, seed=0)
-    return windows.batches(0, 10**9, CPU)
+    return windows.batches(0, 10**9, torch.device("cpu"))
 
 
 def whole_shards(root: Path, B: int, T: int) -> Iterator:
@@ -98,25 +96,26 @@ def measure_loaders(root: Path, B: int, T: int, batches: int, turns: int) -> dic
 
 
 def measure_waiting(root: Path, steps: int) -> dict[str, float]:
-    """Medians of a training step (dim 256, 6 layers, 8,192 ids, 16 x 256, compiled): all of it, and its wait."""
-    config = ModelConfig(dim=256, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=MODEL_VOCAB, max_seq_len=256)
-    model = Transformer(config)
-    [optimizer] = build_optimizers(
-        model, optimizer="adamw", max_lr=1e-3, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95)
-    )
+    """Medians of a training step of the small shape, 16 x 256 tokens, compiled: all of it, and its wait."""
+    keep_freed_memory()  # as train.py does
+    config, shape = ModelConfig(**SHAPES["small"], max_seq_len=256), (16, 256)
+    model = Transformer(config).to(DEVICE)
     model.compile_blocks()
-    it, waits, totals = ours(root, 16, 256), [], []
-    for _ in range(steps + 2):  # the first two compile and warm up
-        began = time.perf_counter()
-        x, y = next(it)
-        waits.append(time.perf_counter() - began)
-        with torch.autocast("cpu", torch.bfloat16, enabled=fastest_dtype(CPU) == torch.bfloat16):
-            loss = model(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        totals.append(time.perf_counter() - began)
+    batches, waits = ours(root, *shape), []
+
+    def start(dtype: str) -> Callable:
+        weights = cast_weights(model, getattr(torch, dtype))
+
+        def loss_of(*of_no_interest: torch.Tensor) -> torch.Tensor:
+            began = time.perf_counter()
+            x, y = next(batches)
+            waits.append(time.perf_counter() - began)
+            return functional_call(model, weights, (x.to(DEVICE), y.to(DEVICE)))
+
+        return loss_of
+
+    update, dtype = make_update(model, start, config, shape, 1), str(fastest_dtype(DEVICE)).removeprefix("torch.")
+    totals = [update(dtype, "default")["seconds"] for _ in range(steps + 2)]  # the first two compile and warm up
     wait, total = statistics.median(waits[2:]), statistics.median(totals[2:])
     return {"step_ms": 1e3 * total, "waiting_ms": 1e3 * wait, "waiting_share": wait / total}
 
