@@ -135,7 +135,7 @@ class TokenStream:
             raise ValueError(f"{path}: lists no {split} shard; prepare the folder anew, with a smaller --shard_size")
 
         self.dtype, self.vocab_size = np.dtype(dtype), vocab_size
-        self.ends = np.cumsum(counts)  # the stream position behind each shard
+        self.ends = np.cumsum(counts)  # the stream position after each shard
         self._shards: list[np.ndarray] | None = None
         for index, count in enumerate(counts):
             self._check(index, count, CHECKED_TOKENS // len(counts))

@@ -11,7 +11,7 @@
 Every document becomes <|begin_of_text|> text <|end_of_text|>; all of them, in order, form one stream of ids, cut
 into shards of equal size. Shard 0 is for validation. The bytes depend on the source, the vocabulary and the shard
 size alone, not on the number of processes, nor on how often the work was killed and started again: the same command
-goes on behind the last whole shard. `manifest.json`, written last, describes the folder and makes it complete.
+goes on after the last whole shard. `manifest.json`, written last, describes the folder and makes it complete.
 """
 
 import argparse
@@ -128,19 +128,19 @@ def prepare(
     stream: bool = False,
     show_progress: bool = True,
 ) -> dict:
-    """Write the shards and the manifest of `source` into `out_dir`, behind those that are there; return the manifest.
+    """Write the shards and the manifest of `source` into `out_dir`, after those that are there; return the manifest.
 
     Args:
         source: ["fineweb-edu"], ["sample"], or paths of .jsonl, .jsonl.gz, .parquet and .txt files.
         shard_size: tokens in every shard but the last. None: 100 million (the sample: 2^17), and a corpus
             smaller than that is split a tenth to nine tenths.
-        max_tokens: stop behind the document that reaches this many tokens.
+        max_tokens: stop after the document that reaches this many tokens.
         num_proc: worker processes; 1 works in this one.
         stream: read the hub's files over the network, without a copy on the disk.
 
     Raises:
         SourceError: the source cannot be read, a worker died, or `out_dir` holds other data or another run's work.
-            Whole shards stay, and the same call goes on behind them.
+            Whole shards stay, and the same call goes on after them.
         OSError: the disk is full, or will not hold what this needs.
     """
     tokenizer, out_dir, opened = Tokenizer(vocab_size=vocab_size), Path(out_dir), open_source(source, stream=stream)
@@ -216,7 +216,7 @@ def _write_shards(
                 writer.add(piece)
                 written += len(piece)
                 if not writer.filled:
-                    # The border is in document k of the batch, or behind it.
+                    # The border is in document k of the batch, or after it.
                     k = int(np.searchsorted(ends, written))
                     begin = int(ends[k] - lengths[k])
                     position = (k + 1, 0) if ends[k] == written else (k, written - begin)
@@ -290,7 +290,7 @@ def main() -> int:
     add("--out_dir", help="folder for the shards (default: data/ and the source's name)")
     add("--vocab_size", type=int, help="ids, 512 to 128256 (default: 128256; the sample: 4096)")
     add("--shard_size", type=int, help="tokens in a shard (default: 100 million; the sample: 131072)")
-    add("--max_tokens", type=int, help="stop behind the document that reaches this many tokens (default: all)")
+    add("--max_tokens", type=int, help="stop after the document that reaches this many tokens (default: all)")
     add("--num_proc", type=int, default=num_cores(), help="worker processes (default: one a core)")
     add("--stream", action="store_true", help="read FineWeb-Edu over the network, without a copy on the disk")
     add(
@@ -327,7 +327,7 @@ def main() -> int:
         print(f"load_fineweb_dataset.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("load_fineweb_dataset.py: stopped; the same command goes on behind the last whole shard", file=sys.stderr)
+        print("load_fineweb_dataset.py: stopped; the same command goes on after the last whole shard", file=sys.stderr)
         return 130
     seconds, shards, tokens = time.perf_counter() - began, manifest["shards"], manifest["tokens"]
     left_out = sum(manifest.get("odd_documents", {}).get(kind, 0) for kind in LEFT_OUT)

@@ -92,7 +92,7 @@ def download(out_dir: str | Path, url: str = URL, **expected) -> Path:
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Download into `part`, behind what is there. Raises requests.RequestException when that is no use any more."""
+    """Download into `part`, after what is there. Raises requests.RequestException when that is no use any more."""
     # urllib3 waits as a Retry-After says; broken connections are ours, since it would begin again.
     busy = Retry(total=5, connect=0, read=0, other=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
     busy.raise_on_status = False  # but hand over the last answer
@@ -181,7 +181,7 @@ def main() -> int:
         print(f"load_hellaswag_dataset.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("load_hellaswag_dataset.py: stopped; the same command goes on behind what has come", file=sys.stderr)
+        print("load_hellaswag_dataset.py: stopped; the same command goes on after what has come", file=sys.stderr)
         return 130
     return 0
 

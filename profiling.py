@@ -17,7 +17,7 @@ class NullProfiler:
 
 
 class StepProfiler:
-    """Records `steps` steps behind the first two, which compile and warm up, with what lies between them.
+    """Records `steps` steps after the first two, which compile and warm up, with what lies between them.
 
     Then it prints the ten costliest operations and leaves `trace.json`, for ui.perfetto.dev or chrome://tracing, in
     `folder`; on CUDA also `memory.pickle`, every allocation meanwhile, for pytorch.org/memory_viz.
@@ -30,7 +30,7 @@ class StepProfiler:
         self.done, self.finished = 0, False
 
     def step(self) -> None:
-        """To be called behind every step."""
+        """To be called after every step."""
         self.done += 1
         if self.done == self.SKIPPED:
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -44,7 +44,7 @@ class StepProfiler:
             self.finish()
 
     def finish(self) -> None:
-        """To be called behind the run, which may end before all the steps are recorded."""
+        """To be called after the run, which may end before all the steps are recorded."""
         if self.finished:
             return
         self.finished, recorded = True, self.done - self.SKIPPED

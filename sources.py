@@ -1,7 +1,7 @@
 """Documents, where they come from: FineWeb-Edu on the Hugging Face hub, files of your own, the sample corpus.
 
 A source numbers its documents from 0, in an order that its `revision` pins, and can be read from any number on: that is
-all it takes to go on behind a kill, and to try again behind a lost connection.
+all it takes to go on after a kill, and to try again after a lost connection.
 """
 
 import errno
@@ -111,7 +111,7 @@ class Sample(Source):
 
 
 class Files(Source):
-    """Files of one document (.txt), a document a line (.jsonl) or a row (.parquet), one file behind the other."""
+    """Files of one document (.txt), a document a line (.jsonl) or a row (.parquet), one file after the other."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -197,7 +197,7 @@ class Hub(Source):
     """FineWeb-Edu's 10-billion-token sample, through huggingface_hub.
 
     That client waits out 429s as their Retry-After says, repeats what failed with 5xx, and goes on in a file that
-    broke off. What it gives up on is tried again here, behind the last document that came, with growing pauses.
+    broke off. What it gives up on is tried again here, after the last document that came, with growing pauses.
     """
 
     name = f"{FINEWEB} {FINEWEB_FOLDER}"

@@ -2,7 +2,7 @@
 
 `tokenizer.model` is Meta's file: 128,000 byte sequences, one a line, in the order in which they were
 merged. 256 control ids follow them. A vocabulary of N ids keeps the first N - 256 merges and puts the
-same control ids behind them: a prefix of the merge order is a complete, smaller tokenizer.
+same control ids after them: a prefix of the merge order is a complete, smaller tokenizer.
 
 Reference: the class `Tokenizer` in Meta's `llama_models/llama3/tokenizer.py`, which the tests compare with.
 """

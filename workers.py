@@ -34,7 +34,7 @@ def num_cores() -> int:
 
 
 def tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Ids of the documents, one behind the other; how many of them are whose; and what is odd about which.
+    """Ids of the documents, one after the other; how many of them are whose; and what is odd about which.
 
     Args:
         documents: a list, or an arrow array.
@@ -93,7 +93,7 @@ class Worker:
         cause = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
         return SourceError(
             f"a worker process died ({cause}); if memory ran out, take a smaller --num_proc; "
-            "the same command goes on behind the last whole shard"
+            "the same command goes on after the last whole shard"
         )
 
 
@@ -171,7 +171,7 @@ def tokenized(
 
     def result(future: Future) -> tuple:
         while not wait([future], timeout=1).done:
-            look_after_workers()  # one may have died behind the one that takes so long
+            look_after_workers()  # who works on a later batch may have died
         return future.result()
 
     threads = ThreadPoolExecutor(num_proc)

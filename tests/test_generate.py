@@ -90,7 +90,7 @@ def test_the_model_and_the_prompts_stay_as_they_were():
     assert prompts == PROMPTS
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()  # training goes on behind a sample
+    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()  # training goes on after a sample
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -241,7 +241,7 @@ def test_temperature_is_the_exponent_of_the_probabilities(temperature):
     torch.testing.assert_close(draws(PROBABILITIES, temperature, 1.0), expected / expected.sum(), rtol=0, atol=0.015)
 
 
-def test_the_nucleus_is_that_of_the_probabilities_behind_the_temperature():
+def test_the_nucleus_is_that_of_the_probabilities_after_the_temperature():
     # squared and normalised they are 0.53, 0.3, 0.13, 0.03: two of them reach 0.8, of the plain ones three
     assert set(draws([0.4, 0.3, 0.2, 0.1], 0.5, 0.8).nonzero().flatten().tolist()) == {0, 1}
     assert set(draws([0.4, 0.3, 0.2, 0.1], 1.0, 0.8).nonzero().flatten().tolist()) == {0, 1, 2}

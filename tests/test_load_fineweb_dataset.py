@@ -377,7 +377,7 @@ def test_bytes_of_text_are_those_of_the_documents_with_any_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize(("max_tokens", "documents"), [(1, 1), (12, 1), (13, 2), (24, 2), (25, 3), (36, 3), (999, 6)])
-def test_max_tokens_ends_behind_the_document_that_reaches_it(tmp_path, small_batches, max_tokens, documents):
+def test_max_tokens_ends_after_the_document_that_reaches_it(tmp_path, small_batches, max_tokens, documents):
     texts = [letter * 10 for letter in "abcdef"]  # 12 tokens each
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     manifest = run([source], tmp_path / "out", vocab_size=512, max_tokens=max_tokens)
@@ -388,7 +388,7 @@ def test_max_tokens_ends_behind_the_document_that_reaches_it(tmp_path, small_bat
 
 @pytest.mark.parametrize("documents_at_once", [1, 3, 200])
 @pytest.mark.parametrize("max_tokens", [13, 20, 24])  # the second document reaches the last to the token
-def test_documents_behind_max_tokens_are_not_counted(tmp_path, monkeypatch, max_tokens, documents_at_once):
+def test_documents_after_max_tokens_are_not_counted(tmp_path, monkeypatch, max_tokens, documents_at_once):
     monkeypatch.setattr(sources, "BATCH_DOCUMENTS", documents_at_once)
     source = write_jsonl(tmp_path / "a.jsonl", ["", "a" * 10, None, "b" * 10, "", None, "c" * 10])
     manifest = run([source], tmp_path / "out", vocab_size=512, max_tokens=max_tokens)
@@ -481,7 +481,7 @@ class StopError(Exception):
 
 
 def stop_after(monkeypatch, batches):
-    """Let the source fail behind so many batches, as the hub may; None: never again."""
+    """Let the source fail after so many batches, as the hub may; None: never again."""
     read = sources.Files.__dict__.get("whole_read") or sources.Files.read
     monkeypatch.setattr(sources.Files, "whole_read", read, raising=False)
 
@@ -620,7 +620,7 @@ def test_killed_at_any_step_of_writing_the_next_run_makes_the_same_folder(tmp_pa
         killed = done.returncode == -signal.SIGKILL
         assert killed or (done.returncode == 0 and call > 12), done.stderr
         run([source], out, shard_size=400)
-        # A kill behind the manifest leaves two small files that nothing reads.
+        # A kill after the manifest leaves two small files that nothing reads.
         left = {name: body for name, body in contents(out).items() if name not in (".lock", "progress.json")}
         assert left == contents(tmp_path / "whole")
         call += 1
@@ -684,7 +684,7 @@ def test_killed_at_random_moments_and_resumed_the_folder_is_the_same(tmp_path, k
     assert done == kills
     assert set(digests) == {digest}
     with capsys.disabled():
-        print(f" {done} kills, {resumed} resumes behind whole shards, {len(digests)} whole folders, sha256 {digest} ")
+        print(f" {done} kills, {resumed} resumes after whole shards, {len(digests)} whole folders, sha256 {digest} ")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
@@ -961,7 +961,7 @@ def test_ctrl_c_keeps_what_is_whole(tmp_path, monkeypatch, capsys, small_batches
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 10)
     status, error = refusal(monkeypatch, capsys, tmp_path, source)
     assert status == 130
-    assert error.endswith("stopped; the same command goes on behind the last whole shard")
+    assert error.endswith("stopped; the same command goes on after the last whole shard")
     assert (tmp_path / "out" / "progress.json").exists()
     monkeypatch.setattr(sources.Files, "read", read)
     run([source], tmp_path / "out")

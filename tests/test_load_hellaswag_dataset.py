@@ -303,7 +303,7 @@ sys.exit(load_hellaswag_dataset.main())
 
 @pytest.mark.skipif(os.name != "posix", reason="no SIGKILL")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_behind_a_kill_or_ctrl_c_the_next_run_goes_on(server, tmp_path, number, status):
+def test_after_a_kill_or_ctrl_c_the_next_run_goes_on(server, tmp_path, number, status):
     def half_and_signal(handler):
         first_half(handler)
         handler.wfile.flush()
@@ -318,7 +318,7 @@ def test_behind_a_kill_or_ctrl_c_the_next_run_goes_on(server, tmp_path, number, 
     error = process.communicate(timeout=60)[1]
     assert process.returncode == status
     assert "Traceback" not in error
-    assert number == signal.SIGKILL or "stopped; the same command goes on behind what has come" in error
+    assert number == signal.SIGKILL or "stopped; the same command goes on after what has come" in error
     assert (tmp_path / "out" / f"{FILE_NAME}.part").read_bytes() == CONTENT[:HALF]
     server.answers, server.ranges = [rest], []
     assert download(tmp_path / "out", url=server.url, **EXPECTED).read_bytes() == CONTENT

@@ -381,7 +381,7 @@ LENGTHS = [
 
 
 def packed(seed=1):
-    """Rows of documents, each behind a BOS but the first, whose beginning the window cut off."""
+    """Rows of documents, each after a BOS but the first, whose beginning the window cut off."""
     tokens = random_tokens(3, 40, vocab_size=BOS, seed=seed)
     for row, lengths in zip(tokens, LENGTHS, strict=True):
         row[list(itertools.accumulate(lengths))[:-1]] = BOS

@@ -26,7 +26,7 @@ def counts(folder) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("steps", "run", "recorded"), [(3, 9, 3), (3, 5, 3), (3, 4, 2)])
-def test_steps_behind_the_first_two_are_recorded(tmp_path, capsys, steps, run, recorded):
+def test_steps_after_the_first_two_are_recorded(tmp_path, capsys, steps, run, recorded):
     profiler = StepProfiler(steps, tmp_path / "profile", CPU)
     for _ in range(run):
         work()

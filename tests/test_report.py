@@ -413,7 +413,7 @@ def test_the_strips_tell_the_values_under_the_pointer(run):
             assert float(text.split()[0]) == pytest.approx(expected + above, abs=0.08)
 
 
-def test_no_values_are_told_behind_the_end_of_a_run(run, tmp_path):
+def test_no_values_are_told_after_the_end_of_a_run(run, tmp_path):
     plot = plots_of(page_of(run, write_run(tmp_path / "half", rows_of(250))))["Throughput"]
     told = ["half" in title.text for title in plot.findall("./rect/title")]
     assert told == [True] * 26 + [False] * 24

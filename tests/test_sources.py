@@ -241,7 +241,7 @@ def test_a_body_that_breaks_off_is_gone_on_with(hub, tmp_path, expected, flags, 
         assert downloads(hub, 1) == [None, f"bytes={half // 1000 * 1000}-"]
 
 
-def test_behind_a_kill_whole_files_are_not_fetched_again(hub, tmp_path, expected):
+def test_after_a_kill_whole_files_are_not_fetched_again(hub, tmp_path, expected):
     def half_and_kill(handler, number):
         if handler.is_body_of(1):
             body = hub.files[PATHS[1]]
@@ -324,7 +324,7 @@ def test_what_the_disk_cannot_hold_is_refused_before_the_download(hub, tmp_path)
     assert "Traceback" not in done.stderr
     assert not any("/resolve/" in path for _, path, _ in hub.requests)
     assert not (tmp_path / "out").exists()
-    done = load(hub, tmp_path, "--max_tokens", "1000")  # in the first file; the two others come in behind it
+    done = load(hub, tmp_path, "--max_tokens", "1000")  # in the first file; the two others come in after it
     assert f"needs {needed - 15_000_000_000 * 2 + 1000 * 2:,} bytes, and " in done.stderr.splitlines()[-1]
     hub.wrong_size = 0
     done = load(hub, tmp_path, "--max_tokens", "1000")

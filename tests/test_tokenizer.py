@@ -32,7 +32,7 @@ STRINGS = [
     "I'm you're he's she'd we'll they've can't",
     "I'M YOU'RE HE'S SHE'D WE'LL THEY'VE CAN'T",
     "I'm'll'Ve 's 'S 't'T 'x ''ll",
-    "HE'SAID I'LLAMA x'rester Y'DEF",  # cut behind the contraction although letters follow
+    "HE'SAID I'LLAMA x'rester Y'DEF",  # cut after the contraction although letters follow
     "it’s don’t o’clock",
     "'ſ I'ſ",
     # digits
