@@ -146,7 +146,7 @@ def main() -> int:
             top_p=args.top_p,
             seed=args.seed,
         )
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 1
     print(text)

@@ -119,7 +119,7 @@ def benchmark_name(path: str | Path) -> str:
 
 @dataclass
 class PackedRow:
-    """A context, and endings behind it that do not see each other: the context is computed once for all."""
+    """A context, and endings after it that do not see each other: the context is computed once for all."""
 
     context: list[int]
     endings: list[list[int]] = field(default_factory=list)
@@ -252,17 +252,19 @@ def main() -> int:
         parser.error("--limit and --batch_tokens must be at least 1")
     try:
         device = pick_device(args.device)
-        keep_freed_memory()
         model, checkpoint = load_model(args.checkpoint, device)
         examples = load_examples(args.data, Tokenizer(vocab_size=model.config.vocab_size), args.limit, args.style)
-        dtype = fastest_dtype(device) if checkpoint["config"]["dtype"] == "bfloat16" else torch.float32
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"hellaswag_utils.py: {error}", file=sys.stderr)
+        return 1
+    if device.type == "cpu":
+        keep_freed_memory()
+    dtype = fastest_dtype(device) if checkpoint["config"]["dtype"] == "bfloat16" else torch.float32
+    try:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             counts = count_correct(model, examples, batch_tokens=args.batch_tokens, show_progress=True)
     except torch.OutOfMemoryError as error:
         print(f"hellaswag_utils.py: {error} Halve --batch_tokens; the scores stay the same", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"hellaswag_utils.py: {error}", file=sys.stderr)
         return 1
     named = {"benchmark": benchmark_name(args.data), "style": args.style, "step": checkpoint["step"]}
     print(json.dumps(named | as_metrics(counts)))

@@ -383,7 +383,7 @@ class Transformer(nn.Module):
         dtype, size = product_dtype(x), OutputLoss.SLICE
         weight = self.output.weight.to(dtype)
         buffer = weight.new_empty(min(len(x), size), len(weight))
-        nats = [x.new_empty(0, dtype=torch.float32)]
+        nats = []
         for some, answers in zip(x.to(dtype).split(size), targets.split(size), strict=True):
             logits = torch.mm(some, weight.T, out=buffer[: len(some)])
             nats.append(F.cross_entropy(logits.float(), answers, reduction="none"))

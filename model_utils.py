@@ -196,6 +196,7 @@ def keep_freed_memory() -> None:
 
 # Dense bf16 peak of a card in FLOP/s, from the vendors' data sheets; the first name found in the card's name counts.
 PEAK_FLOPS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
     "GH200": 989e12,
     "H200": 989e12,
@@ -316,6 +317,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str) -> dict:
         raise
     except Exception as error:  # zip, pickle and torch errors: for the user all mean the same
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        if "allocate memory" in reason:  # as torch says it of a CPU's
+            raise MemoryError(f"{path}: does not fit into memory ({reason})") from error
         raise ValueError(f"{path}: not a readable checkpoint ({reason}); delete it and use an older one") from error
     if version != CHECKPOINT_FORMAT_VERSION:
         raise ValueError(
@@ -325,8 +328,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str) -> dict:
 
 
 def load_model(path: str | Path, device: torch.device | str) -> tuple[Transformer, dict]:
-    """The model of a checkpoint (file or run directory), rebuilt from the file alone, and what else the checkpoint
-    holds: its weights and the optimizers' state, twice as large, are let go."""
+    """The model of a checkpoint (file or run directory), rebuilt from the file alone; and the rest of the checkpoint,
+    without the optimizers' state, which is twice as large as the weights."""
     path = find_checkpoint(path)
     checkpoint = load_checkpoint(path, "cpu")  # of a GPU's memory the weights alone are taken
     try:

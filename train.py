@@ -392,7 +392,7 @@ def train(cfg: Config, process: Process) -> int:
     )
 
     def evaluate(step: int, *, val: bool, hellaswag: bool, sample: bool) -> dict:
-        """Run what is asked for, print and record it; return the figures."""
+        """Run what is asked for, print and record it; return the figures of the validation."""
         figures: dict = {}
         with torch.compiler.set_stance("force_eager"):  # shapes of their own, not worth compiling
             if val:
@@ -407,7 +407,7 @@ def train(cfg: Config, process: Process) -> int:
                     f"step {step:>6}  validation {row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte"
                     + "".join(f", {share:.1%} of {folder}" for folder, share in shares.items())
                 )
-                figures |= row
+                figures = row
             if hellaswag:
                 with autocast:
                     counts = hellaswag_utils.count_correct(
@@ -420,7 +420,6 @@ def train(cfg: Config, process: Process) -> int:
                     f"step {step:>6}  {name}: acc {row['hellaswag_acc']:.1%}, acc_norm "
                     f"{row['hellaswag_acc_norm']:.1%} of {row['hellaswag_examples']:,} (chance 25%)"
                 )
-                figures |= row
             if sample and process.is_main:
                 texts = complete(
                     model,

@@ -40,6 +40,7 @@ from model_utils import (
     random_state,
     restore_random_state,
     save_checkpoint,
+    start_process,
     start_wandb,
     sum_over_processes,
 )
@@ -142,6 +143,18 @@ def test_compiler_that_fails_means_training_without(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", broken)
     assert can_compile(torch.device("cpu")) is False
     assert "FileNotFoundError" in capsys.readouterr().out
+
+
+def test_processes_share_the_cores_that_they_may_use(monkeypatch):
+    """Not the machine's, of which a container or a batch job has a part."""
+    set_ranks(monkeypatch, 1, 2)
+    threads = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args: None)
+    assert start_process(torch.device("cpu")).world_size == 2
+    assert threads == [3]
 
 
 def test_only_the_main_process_prints(capsys):
@@ -567,7 +580,7 @@ def test_checkpoint_of_another_format_is_told_from_a_damaged_one(tmp_path):
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, PermissionError])
-def test_no_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, error):
+def test_trouble_with_the_machine_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, error):
     """Who is told to delete the file has lost a good one."""
     path = save(tmp_path, 1)
 
@@ -576,6 +589,13 @@ def test_no_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, error)
 
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(error, match="no room"):
+        load_checkpoint(path, "cpu")
+
+
+def test_a_cpu_without_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    path = save(tmp_path, 1)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(MemoryError, match=r"step_00000001.pt: does not fit into memory .*allocate memory"):
         load_checkpoint(path, "cpu")
 
 

@@ -547,7 +547,8 @@ def test_ctrl_c_under_torchrun_saves_and_stops(flags_for, tmp_path):
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does; torchrun's processes are groups of their own
             assert process.wait(timeout=60) != 0
         finally:
-            process.kill()
+            process.terminate()  # torchrun ends its processes, too
+            process.wait(timeout=60)
     [newest] = (out_dir / "checkpoints").glob("step_*.pt")
     assert load_checkpoint(newest, "cpu")["step"] == rows_of(out_dir)[-1]["step"]
     assert "by SIGINT; --resume True goes on there" in (tmp_path / "out").read_text()
