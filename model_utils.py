@@ -319,7 +319,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str) -> dict:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         if "allocate memory" in reason:  # as torch says it of a CPU's
             raise MemoryError(f"{path}: does not fit into memory ({reason})") from error
-        raise ValueError(f"{path}: not a readable checkpoint ({reason}); delete it and use an older one") from error
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({reason}); if it was one, delete it and use an older one"
+        ) from error
     if version != CHECKPOINT_FORMAT_VERSION:
         raise ValueError(
             f"{path}: of format {version}, this code reads {CHECKPOINT_FORMAT_VERSION}; take the code that wrote it"

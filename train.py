@@ -575,7 +575,7 @@ def main() -> int:
         cfg = read_config(sys.argv[1:])
         process = start_process(pick_device(cfg.device))
         status = train(cfg, process)
-    except (ValueError, OSError, SourceError) as error:
+    except (ValueError, OSError, MemoryError, SourceError) as error:
         if is_main_process() or process:  # all find the same wrong flags; later, one may fail alone
             print(f"train.py{f' [rank {process.rank}]' if process and process.rank else ''}: {error}", file=sys.stderr)
         return 1
