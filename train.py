@@ -5,7 +5,7 @@
     python train.py --max_steps 1000 --model.dim 512         every field of the CONFIGURATION block is a flag
 
 Edit the block, or pass flags. Where the corpus that `data_root` names has not been prepared, a small sample
-model is trained on the Python standard library instead, in two to seven minutes on two CPU cores.
+model is trained on the Python standard library instead, in two to eight minutes on two CPU cores.
 """
 
 import itertools
