@@ -394,6 +394,8 @@ def train(cfg: Config, process: Process) -> int:
     def evaluate(step: int, *, val: bool, hellaswag: bool, sample: bool) -> dict:
         """Run what is asked for, print and record it; return the figures of the validation."""
         figures: dict = {}
+        if not (val or hellaswag or sample):
+            return figures
         with torch.compiler.set_stance("force_eager"):  # shapes of their own, not worth compiling
             if val:
                 with autocast:
