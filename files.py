@@ -1,4 +1,4 @@
-"""Files that matter: written whole or not at all. And the layout of a folder of prepared token shards."""
+"""Files that matter are written whole or not at all. Also: digests, free space, and a lock for a folder."""
 
 import errno
 import hashlib
@@ -10,33 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
-SHARD_FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-
-
-def shard_name(index: int) -> str:
-    """File name of shard `index`; shard 0 is the validation split, all others are training data."""
-    return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest unsigned type that holds the ids 0 to vocab_size - 1."""
-    return np.min_scalar_type(vocab_size - 1)
-
-
-def is_prepared(data_root: str | Path) -> bool:
-    """Whether a folder of shards is complete: its manifest is written last."""
-    return (Path(data_root) / MANIFEST).is_file()
+from filelock import FileLock
 
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary neighbour of `path` for writing; on success it takes the name, for good.
+    """Open a temporary file beside `path` for writing. On success it is synced to the disk and renamed to `path`.
 
-    After a crash or a power cut `path` is what it was before or all of the new file. On an exception the temporary
-    file is removed and `path` is untouched; that of a full disk, which no write puts a name to, names `path`.
+    After a crash or a power cut `path` is the old file or the whole new one. After an exception the temporary file is
+    gone and `path` is untouched. Python does not say which file met a full disk, so that error gets the name `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +34,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
             error.strerror, error.filename = f"{error.strerror}; make room", str(path)
         raise
-    if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open folders
+    if os.name == "posix":  # sync the rename itself too; Windows cannot open folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -68,8 +50,28 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` and lock it against other processes that ask for this lock. At the end an empty folder is removed.
+
+    Raises:
+        filelock.Timeout: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    try:
+        with FileLock(path, timeout=0):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def check_free_space(needed: Iterable[tuple[Path, int]]) -> None:
-    """Raises OSError unless the disks can hold what is asked for: (folder, bytes), each folder there or to be made."""
+    """Raises OSError unless the disks have room for `needed`: pairs of a folder, which may not exist yet, and bytes."""
     disks, bytes_needed = {}, Counter()
     for folder, count in needed:
         folder = folder.absolute()
@@ -84,3 +86,7 @@ def check_free_space(needed: Iterable[tuple[Path, int]]) -> None:
             raise OSError(
                 errno.ENOSPC, f"needs {bytes_needed[device]:,} bytes, and the disk has {free:,}; make room", str(folder)
             )
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nOther files import this one; there is nothing to run here.")

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hardware import pick_device
 from model import KVCache, Transformer
-from model_utils import load_model, pick_device
+from model_utils import load_model
 from tokenizer import Tokenizer
 
 CANDIDATES = 1024  # likeliest ids among which a nucleus is looked for; a trained model's has tens or hundreds

@@ -34,8 +34,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hardware import fastest_dtype, keep_freed_memory, pick_device
+from loss import token_losses
 from model import Transformer
-from model_utils import fastest_dtype, keep_freed_memory, load_model, pick_device
+from model_utils import autocast, load_model
 from tokenizer import Tokenizer
 
 STYLES = {"gpt2": ("ctx",), "lm-eval": ("activity_label", "ctx_a", "ctx_b")}  # and the texts that each one reads
@@ -175,8 +177,8 @@ def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tens
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     hidden = model.hidden(tokens, positions=positions, mask=seen.tril()[:, None]).flatten(0, 1)
     # The output layer, half of the arithmetic at 128,256 ids, runs at the endings' positions alone.
-    nats = model.nats(hidden[predictors], torch.tensor(targets, device=device))  # (N,)
-    return list((-nats).cpu().split([len(ending) for row in rows for ending in row.endings]))
+    losses = token_losses(hidden[predictors], model.output.weight, torch.tensor(targets, device=device))  # (N,)
+    return list((-losses).cpu().split([len(ending) for row in rows for ending in row.endings]))
 
 
 @torch.inference_mode()
@@ -261,7 +263,7 @@ def main() -> int:
         keep_freed_memory()
     dtype = fastest_dtype(device) if checkpoint["config"]["dtype"] == "bfloat16" else torch.float32
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(device, dtype):
             counts = count_correct(model, examples, batch_tokens=args.batch_tokens, show_progress=True)
     except torch.OutOfMemoryError as error:
         print(f"hellaswag_utils.py: {error} Halve --batch_tokens; the scores stay the same", file=sys.stderr)

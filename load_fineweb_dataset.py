@@ -15,106 +15,43 @@ goes on after the last whole shard. `manifest.json`, written last, describes the
 """
 
 import argparse
-import io
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from hashlib import sha256
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
-import inspect_data
-from files import (
+from files import atomic_write, check_free_space, lock_folder
+from shards import (
     MANIFEST,
     SHARD_FORMAT_VERSION,
-    atomic_write,
-    check_free_space,
+    ShardWriter,
+    id_blocks,
     is_prepared,
-    sha256_of,
+    read_manifest,
     shard_name,
     token_dtype,
+    verify,
 )
 from sources import FINEWEB_TOKENS, Hub, Source, SourceError, open_source
+from threads import num_cores
 from tokenizer import Tokenizer
-from workers import LEFT_OUT, num_cores, tokenized
+from workers import LEFT_OUT, tokenized
 
 SAMPLE_ROOT = "data/sample"
 SAMPLE_VOCAB_SIZE = 4096
 SAMPLE_SHARD_SIZE = 2**17  # so that the validation shard is 4% of a corpus of about 3 million tokens
 
-PROGRESS = "progress.json"  # beside the shards until the manifest takes its place: what is whole, where to go on
+PROGRESS = "progress.json"  # says what is whole and where to go on, until the manifest takes its place
 
-
-class ShardWriter:
-    """Cuts a stream of ids into shards of `shard_size`, written as they come, and describes each for the manifest.
-
-    Args:
-        shards: descriptions of those that are there already.
-    """
-
-    def __init__(self, out_dir: Path, shard_size: int, tokenizer: Tokenizer, shards: list[dict]):
-        self.out_dir, self.shard_size, self.shards = out_dir, shard_size, shards
-        self.bos_id, self.dtype = tokenizer.bos_id, token_dtype(tokenizer.vocab_size)
-        self.byte_lengths = tokenizer.token_byte_lengths().astype(np.uint8)  # at most 128; small, for the cache
-        self.filled = 0  # tokens in the open shard
-        self._open = ExitStack()
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._open.__exit__(*exception)
-
-    def add(self, ids: np.ndarray) -> None:
-        """Append ids, at most as many as the open shard has room for; a full shard is closed."""
-        if not self.filled:
-            name = shard_name(len(self.shards))
-            self._file = self._open.enter_context(atomic_write(self.out_dir / name))
-            self._digest = sha256()
-            self._write(self._header(self.shard_size))
-            self._shard = {"file": name, "split": "train" if self.shards else "val"}
-            self._shard |= {"tokens": 0, "documents": 0, "text_bytes": 0}
-        self._write(np.ascontiguousarray(ids).data)
-        self._shard["documents"] += int(np.count_nonzero(ids == self.bos_id))  # those that begin here
-        self._shard["text_bytes"] += int(self.byte_lengths.take(ids).sum(dtype=np.int64))
-        self.filled += len(ids)
-        if self.filled == self.shard_size:
-            self._end(self._digest.hexdigest())
-
-    def close(self, split_single: bool) -> None:
-        """Close the last shard, short as it is. A corpus that fits one shard has no training data: with `split_single`,
-        its first tenth becomes the validation shard and the rest a training shard."""
-        if self.filled:
-            self._file.seek(0)
-            self._file.write(self._header(self.filled))  # as long as the one before: numpy pads it
-            self._file.flush()
-            self._end(sha256_of(self._file.name))
-            if split_single and len(self.shards) == 1:
-                ids = np.load(self.out_dir / self.shards.pop()["file"])
-                for self.shard_size in (len(ids) // 10, len(ids) - len(ids) // 10):
-                    piece, ids = ids[: self.shard_size], ids[self.shard_size :]
-                    self.add(piece)
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-
-    def _header(self, tokens: int) -> bytes:
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (tokens,)}
-        file = io.BytesIO()
-        np.lib.format.write_array_header_1_0(file, header)
-        return file.getvalue()
-
-    def _end(self, digest: str) -> None:
-        self._open.close()  # to the disk, under its name
-        self.shards.append({**self._shard, "tokens": self.filled, "sha256": digest})
-        self.filled = 0
+QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+WINDOW = 100  # tokens of a window of text that --stats shows
 
 
 def prepare(
@@ -156,51 +93,49 @@ def prepare(
     }
     if is_prepared(out_dir):
         return _read_json(out_dir / MANIFEST, recipe)
-    with _locked(out_dir):
-        if is_prepared(out_dir):  # by the run that held the lock
-            return _read_json(out_dir / MANIFEST, recipe)
-        try:
+    try:
+        with lock_folder(out_dir):
+            if is_prepared(out_dir):  # by the run that held the lock
+                return _read_json(out_dir / MANIFEST, recipe)
             manifest = _write_shards(opened, out_dir, tokenizer, recipe, num_proc, show_progress)
-        except UnicodeDecodeError as error:  # of a parquet file: its bytes are first looked at in the workers
-            raise SourceError(f"{opened.name}: not UTF-8 ({error.reason}); replace the file") from error
-        with atomic_write(out_dir / MANIFEST, "w") as file:
-            json.dump(manifest, file, indent=1)
-        (out_dir / PROGRESS).unlink(missing_ok=True)
-    return manifest
+            with atomic_write(out_dir / MANIFEST, "w") as file:
+                json.dump(manifest, file, indent=1)
+            (out_dir / PROGRESS).unlink(missing_ok=True)
+            return manifest
+    except Timeout as error:
+        raise SourceError(f"{out_dir}: another run is preparing it; wait for its end") from error
+    except UnicodeDecodeError as error:  # the workers are the first to decode the bytes of a parquet file
+        raise SourceError(f"{opened.name}: not UTF-8 ({error.reason}); replace the file") from error
+
+
+@dataclass
+class Progress:
+    """What is in whole shards, and where to go on: at token `offset` of document number `document`."""
+
+    document: int = 0
+    offset: int = 0
+    odd_documents: dict[str, int] = field(default_factory=dict)  # before that one, by kind
+    shards: list[dict] = field(default_factory=list)  # as ShardWriter describes them
+
+    @property
+    def tokens(self) -> int:
+        """Tokens before that document."""
+        return sum(shard["tokens"] for shard in self.shards) - self.offset
 
 
 def _write_shards(
     source: Source, out_dir: Path, tokenizer: Tokenizer, recipe: dict, num_proc: int, show_progress: bool
 ) -> dict:
-    """Returns the manifest."""
-    max_tokens = recipe["max_tokens"]
-    shard_size = recipe["shard_size"] or (SAMPLE_SHARD_SIZE if source.name == "sample" else 100_000_000)
-
-    # Where to go on: at token `offset` of document number `document`, with the shards and the odd documents before it.
-    progress = {"document": 0, "offset": 0, "odd_documents": {}, "shards": []}
-    if (out_dir / PROGRESS).is_file():
-        progress = _read_json(out_dir / PROGRESS, recipe)
-        _check_shards(out_dir, progress["shards"])
-    document, offset, shards = progress["document"], progress["offset"], progress["shards"]
-    odd_documents = Counter(progress["odd_documents"])
-    # Half a shard, or one whose progress was not noted, or the two of a single one that was split: written again.
-    leftovers = {path.name for path in out_dir.glob("edufineweb_*.npy")} - {shard["file"] for shard in shards}
-    if foreign := leftovers - {shard_name(len(shards)), shard_name(len(shards) + 1)}:
-        raise SourceError(f"{out_dir / min(foreign)}: not of this preparation; choose another --out_dir, or delete it")
-    for path in [*map(out_dir.joinpath, leftovers), *out_dir.glob(".*.tmp")]:
-        path.unlink()
-    tokens = sum(shard["tokens"] for shard in shards) - offset  # up to the beginning of the document
-
+    """Write what is missing of the shards. Return the manifest."""
+    progress, max_tokens = _load_progress(out_dir, recipe), recipe["max_tokens"]
+    tokens = progress.tokens
     if isinstance(source, Hub):
-        few = recipe["dtype"] == "uint16"  # a smaller vocabulary makes more tokens of a text, up to a half more
-        expected = min(max_tokens or 10**15, FINEWEB_TOKENS * 3 // 2 if few else FINEWEB_TOKENS)
-        shard_bytes = (expected - tokens) * np.dtype(recipe["dtype"]).itemsize
-        check_free_space([*source.disk_needed(max_tokens), (out_dir, shard_bytes)])
-
+        _check_disk(source, out_dir, recipe, tokens)
+    shard_size = recipe["shard_size"] or (SAMPLE_SHARD_SIZE if source.name == "sample" else 100_000_000)
     with (
-        ShardWriter(out_dir, shard_size, tokenizer, shards) as writer,
+        ShardWriter(out_dir, shard_size, tokenizer, progress.shards) as writer,
         tqdm(total=max_tokens, initial=tokens, unit="token", unit_scale=True, disable=not show_progress) as bar,
-        closing(tokenized(source, document, tokenizer, num_proc)) as results,
+        closing(tokenized(source, progress.document, tokenizer, num_proc)) as results,
     ):
         for ids, lengths, odd in results:
             if max_tokens is not None and tokens >= max_tokens:
@@ -210,34 +145,77 @@ def _write_shards(
                 lengths = lengths[: np.searchsorted(ends, max_tokens - tokens) + 1]
                 ends = ends[: len(lengths)]
                 ids = ids[: ends[-1]]
-            written = offset  # tokens of this batch that are in shards
+            written = progress.offset  # tokens of this batch that are in shards
             while written < len(ids):
                 piece = ids[written : written + shard_size - writer.filled]
                 writer.add(piece)
                 written += len(piece)
                 if not writer.filled:
-                    # The border is in document k of the batch, or after it.
-                    k = int(np.searchsorted(ends, written))
-                    begin = int(ends[k] - lengths[k])
-                    position = (k + 1, 0) if ends[k] == written else (k, written - begin)
-                    before = Counter(kind for i, kind in odd.items() if i < position[0])
-                    progress = {"document": document + position[0], "offset": position[1]}
-                    progress |= {"odd_documents": odd_documents + before, "shards": writer.shards}
-                    with atomic_write(out_dir / PROGRESS, "w") as file:
-                        json.dump(recipe | progress, file, indent=1)
-            odd_documents.update(kind for i, kind in odd.items() if i < len(lengths))
-            document, offset, tokens = document + len(lengths), 0, tokens + len(ids)
+                    _save_progress(out_dir, recipe, _after(progress, ends, odd, written))
+            odd_documents = _add_odd(progress, odd, len(lengths))
+            progress = Progress(progress.document + len(lengths), 0, odd_documents, writer.shards)
+            tokens += len(ids)
             bar.update(len(ids))
         if not tokens:
             raise SourceError(f"{source.name}: no document has any text; check the source")
         writer.close(split_single=recipe["shard_size"] is None)
     return {
         **recipe,
-        "documents": sum(shard["documents"] for shard in shards),
-        "odd_documents": dict(sorted(odd_documents.items())),
+        "documents": sum(shard["documents"] for shard in writer.shards),
+        "odd_documents": dict(sorted(progress.odd_documents.items())),
         "tokens": tokens,
-        "shards": shards,
+        "shards": writer.shards,
     }
+
+
+def _after(progress: Progress, ends: np.ndarray, odd: dict[int, str], written: int) -> Progress:
+    """The progress at a shard border that lies `written` tokens into a batch, whose documents end at `ends`."""
+    k = int(np.searchsorted(ends, written))  # the border is in document k of the batch, or at its end
+    if ends[k] == written:
+        documents, offset = k + 1, 0
+    else:
+        documents, offset = k, written - (int(ends[k - 1]) if k else 0)
+    return Progress(progress.document + documents, offset, _add_odd(progress, odd, documents), progress.shards)
+
+
+def _add_odd(progress: Progress, odd: dict[int, str], documents: int) -> dict[str, int]:
+    """Counts of odd documents, by kind, with those among the first `documents` of a batch added."""
+    return dict(Counter(progress.odd_documents) + Counter(kind for i, kind in odd.items() if i < documents))
+
+
+def _check_disk(source: Hub, out_dir: Path, recipe: dict, tokens: int) -> None:
+    """Raises OSError unless the disks hold what is still to be downloaded and written."""
+    # A smaller vocabulary makes more tokens of a text, up to a half more.
+    expected = FINEWEB_TOKENS * 3 // 2 if recipe["dtype"] == "uint16" else FINEWEB_TOKENS
+    expected = min(recipe["max_tokens"] or 10**15, expected)
+    shard_bytes = (expected - tokens) * np.dtype(recipe["dtype"]).itemsize
+    check_free_space([*source.disk_needed(recipe["max_tokens"]), (out_dir, shard_bytes)])
+
+
+def _load_progress(out_dir: Path, recipe: dict) -> Progress:
+    """The progress of an earlier run with the same recipe. Files that it does not count are deleted and written again.
+
+    Raises:
+        SourceError: the folder holds other data, or a shard was damaged since.
+    """
+    progress = Progress()
+    if (out_dir / PROGRESS).is_file():
+        content = _read_json(out_dir / PROGRESS, recipe)
+        progress = Progress(**{field: content[field] for field in ("document", "offset", "odd_documents", "shards")})
+        _check_shards(out_dir, progress.shards)
+    # A kill may leave one shard that the progress does not count, or two where a single one was being split.
+    leftovers = {path.name for path in out_dir.glob("edufineweb_*.npy")} - {shard["file"] for shard in progress.shards}
+    next_shards = {shard_name(len(progress.shards)), shard_name(len(progress.shards) + 1)}
+    if foreign := leftovers - next_shards:
+        raise SourceError(f"{out_dir / min(foreign)}: not of this preparation; choose another --out_dir, or delete it")
+    for path in [*map(out_dir.joinpath, leftovers), *out_dir.glob(".*.tmp")]:
+        path.unlink()
+    return progress
+
+
+def _save_progress(out_dir: Path, recipe: dict, progress: Progress) -> None:
+    with atomic_write(out_dir / PROGRESS, "w") as file:
+        json.dump(recipe | asdict(progress), file, indent=1)
 
 
 def _read_json(path: Path, recipe: dict) -> dict:
@@ -255,6 +233,7 @@ def _read_json(path: Path, recipe: dict) -> dict:
 
 
 def _check_shards(out_dir: Path, shards: list[dict]) -> None:
+    """Raises SourceError for a shard that is missing or has another length than when it was written."""
     for shard in shards:
         path = out_dir / shard["file"]
         try:
@@ -265,22 +244,35 @@ def _check_shards(out_dir: Path, shards: list[dict]) -> None:
             raise SourceError(f"{path}: missing or cut short since it was written; delete {out_dir} and run this again")
 
 
-@contextmanager
-def _locked(out_dir: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; leaves none behind where nothing was written."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path = out_dir / ".lock"
-    try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    except Timeout as error:
-        raise SourceError(f"{out_dir}: another run is preparing it; wait for its end") from error
-    finally:
-        if not any(out_dir.iterdir()):
-            out_dir.rmdir()
+def stats(folder: str | Path) -> str:
+    """How many documents of which lengths, how many bytes a token, and three random windows of text."""
+    folder, manifest = Path(folder), read_manifest(folder)
+    tokenizer = Tokenizer(vocab_size=manifest["vocab_size"])
+    begins, position = [], 0
+    for shard in manifest["shards"]:
+        for ids in id_blocks(folder / shard["file"]):
+            begins.append(np.flatnonzero(ids == tokenizer.bos_id) + position)
+            position += len(ids)
+    lengths = np.diff(np.concatenate([*begins, [position]]))
+    text_bytes = sum(shard["text_bytes"] for shard in manifest["shards"])
+    quantiles = zip(QUANTILES, np.quantile(lengths, QUANTILES), strict=True)
+    lines = [
+        f"{manifest.get('source')}, revision {manifest.get('revision')}",
+        f"documents            {len(lengths):,}",
+        *[f"  {kind:<18} {count:,}" for kind, count in manifest.get("odd_documents", {}).items()],
+        f"tokens               {position:,} in {len(manifest['shards'])} shards, {tokenizer.vocab_size:,} ids",
+        f"bytes a token        {text_bytes / position:.3f}",
+        f"tokens a document    mean {lengths.mean():,.0f}, largest {lengths.max():,}",
+        *[f"  {q:>4.0%} have at most  {n:,.0f}" for q, n in quantiles],
+    ]
+    rng = np.random.default_rng()
+    for _ in range(3):
+        shard = manifest["shards"][rng.integers(len(manifest["shards"]))]
+        ids = np.load(folder / shard["file"], mmap_mode="r")
+        start = int(rng.integers(max(1, len(ids) - WINDOW)))
+        text = tokenizer.decode(ids[start : start + WINDOW].tolist())
+        lines += ["", f"----- {shard['file']}, tokens {start:,} to {start + WINDOW:,}", text]
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -308,11 +300,10 @@ def main() -> int:
     began, was_prepared = time.perf_counter(), is_prepared(out_dir)
     try:
         if args.verify or args.stats:
-            manifest = inspect_data.read_manifest(out_dir)
             if args.verify:
-                print(inspect_data.verify(out_dir, manifest))
+                print(verify(out_dir))
             if args.stats:
-                print(inspect_data.stats(out_dir, manifest))
+                print(stats(out_dir))
             return 0
         manifest = prepare(
             args.source,

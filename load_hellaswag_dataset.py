@@ -21,9 +21,9 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
 
-from dataloaders import TokenStream
 from files import atomic_write, sha256_of
 from load_fineweb_dataset import SAMPLE_ROOT, SAMPLE_VOCAB_SIZE, prepare
+from shards import TokenStream
 from sources import SourceError
 from tokenizer import Tokenizer
 

@@ -6,18 +6,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from config import Config
+from hardware import fastest_dtype
 from model import Transformer
-from model_utils import fastest_dtype
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """For each of `matrices` (N, rows, columns) roughly the nearest with orthonormal rows or columns: of its singular
-    value decomposition U S V', U V' with singular values between about 0.7 and 1.2 instead of all 1.
+    """Replace the singular values of each of `matrices` (N, rows, columns) by values near 1.
 
-    Five steps of a Newton-Schulz iteration, whose quintic's coefficients are those of Keller Jordan's Muon.
+    A matrix is U S V' in its singular value decomposition. The result is roughly U V', the nearest matrix with
+    orthonormal rows or columns: its singular values lie between about 0.7 and 1.2 instead of all at 1. Five steps of a
+    Newton-Schulz iteration find it. The coefficients of its quintic are those of Keller Jordan's Muon.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT  # the products' side is the shorter one
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT  # so the products have the shorter side
     x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -26,22 +28,23 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum of 0.95 in Nesterov's manner, made orthogonal, is each matrix's step: Keller Jordan, "Muon: An optimizer
-    for hidden layers in neural networks" (2024).
+    """Each matrix's step is its momentum, made orthogonal. The momentum is 0.95, in Nesterov's manner.
 
-    The steps are torch.optim.Muon's, up to rounding. That one goes matrix by matrix and in bfloat16, which takes a CPU
-    without it longer than all the rest of an update; here matrices of one shape share their products, in the dtype
-    that the device is fast in.
+    Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024). The steps are those of
+    torch.optim.Muon, up to rounding. torch's goes matrix by matrix and in bfloat16: on a CPU without bfloat16 it takes
+    longer than the rest of an update. Here matrices of one shape share their products, in the dtype that the device
+    multiplies fastest.
     """
 
     MOMENTUM = 0.95
-    LARGEST_BATCH = 2**26  # elements: bounds the memory that a large model's copies take
+    LARGEST_BATCH = 2**26  # elements: bounds the memory that the copies of a large model's matrices take
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self) -> None:
+        """One update of every matrix from its gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -49,15 +52,14 @@ class Muon(torch.optim.Optimizer):
             for shape, params in by_shape.items():
                 lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
                 n = max(1, self.LARGEST_BATCH // shape.numel())
-                for some in (params[i : i + n] for i in range(0, len(params), n)):
-                    for p, step in zip(some, orthogonalise(self.momenta(some)), strict=True):
+                for chunk in (params[i : i + n] for i in range(0, len(params), n)):
+                    for p, step in zip(chunk, orthogonalise(self.momenta(chunk)), strict=True):
                         p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-lr)
 
     def momenta(self, params: list[Tensor]) -> Tensor:
-        """Take up the gradients of `params`, all of one shape; return their momenta, stacked."""
-        stacked = torch.empty(
-            len(params), *params[0].shape, dtype=fastest_dtype(params[0].device), device=params[0].device
-        )
+        """Add the gradients of `params`, all of one shape, to their momenta. Return what the step takes, stacked."""
+        device = params[0].device
+        stacked = torch.empty(len(params), *params[0].shape, dtype=fastest_dtype(device), device=device)
         for p, out in zip(params, stacked, strict=True):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -66,56 +68,59 @@ class Muon(torch.optim.Optimizer):
         return stacked
 
 
-def build_optimizers(
-    model: Transformer,
-    *,
-    optimizer: str,
-    max_lr: float,
-    muon_lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+def build_optimizers(model: Transformer, cfg: Config) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters; or Muon for the matrices of the blocks, and AdamW for the rest.
 
-    Weight decay acts on matrices alone: a norm's scale has no reason to shrink. Each group carries `initial_lr`,
-    its learning rate where the schedule stands at 1. Muon's steps all have one size in the spectral norm, so its rate
-    is on another scale than AdamW's.
+    Weight decay acts on matrices alone: a norm's scale has no reason to shrink. Each group carries `initial_lr`, its
+    learning rate where the schedule stands at 1. All of Muon's steps have the same size in the spectral norm, so its
+    rate is on another scale than AdamW's.
     """
-    muon = [p for p in model.layers.parameters() if p.dim() == 2] if optimizer == "muon" else []
+    muon = [p for p in model.layers.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     rest = [p for p in model.parameters() if not any(p is q for q in muon)]
     groups = [
-        {"params": [p for p in rest if p.dim() == 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() == 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=max_lr, betas=betas, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.max_lr, betas=cfg.betas, fused=True)]
     if muon:
-        optimizers.append(Muon(muon, lr=muon_lr, weight_decay=weight_decay))
-    for opt in optimizers:
-        for group in opt.param_groups:
+        optimizers.append(Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
 
 
-def load_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a saved `state_dict()`, but keep this run's settings: a flag given when resuming must count."""
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
+def load_moments(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
+    """Load saved `state_dict()`s, but keep this run's settings: a flag given when resuming must count."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)
 
 
-def lr_factor(
-    step: int, *, schedule: str, warmup_steps: int, max_steps: int, min_factor: float, decay_fraction: float
-) -> float:
+def lr_factor(step: int, cfg: Config) -> float:
     """Share of the peak learning rate for update `step` (1 to max_steps).
 
-    "cosine" (arXiv 1608.03983): linear warm-up, then half a cosine down to `min_factor` at the last step. "wsd"
+    "cosine" (arXiv 1608.03983): linear warm-up, then half a cosine down to `min_lr_fraction` at the last step. "wsd"
     (arXiv 2404.06395): warm-up, stable at 1, then linear decay over the last `decay_fraction` of the steps.
     """
-    if step < warmup_steps:
-        return step / warmup_steps
-    if schedule == "cosine":
-        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-        return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    left = (max_steps - step) / max(1, decay_fraction * max_steps)
-    return min_factor + (1 - min_factor) * min(1.0, left)
+    if step < cfg.warmup_steps:
+        return step / cfg.warmup_steps
+    if cfg.schedule == "cosine":
+        progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    else:
+        share = min(1.0, (cfg.max_steps - step) / max(1, cfg.decay_fraction * cfg.max_steps))
+    return cfg.min_lr_fraction + (1 - cfg.min_lr_fraction) * share
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set the learning rate of every group to `factor` of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["initial_lr"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nOther files import this one. Run train.py.")

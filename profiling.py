@@ -69,3 +69,7 @@ class StepProfiler:
 def start_profiler(steps: int, folder: Path, process: Process) -> StepProfiler | NullProfiler:
     """A profiler in the main process if `steps` is not 0."""
     return StepProfiler(steps, folder, process.device) if steps and process.is_main else NullProfiler()
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nOther files import this one; there is nothing to run here.")

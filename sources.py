@@ -366,3 +366,7 @@ def read_ahead(items: Iterable[T], size: int) -> Iterator[T | None]:
             yield item
     finally:
         stopped.set()
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nOther files import this one; there is nothing to run here.")

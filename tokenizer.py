@@ -168,3 +168,7 @@ def _may_hold_long_run(block: str) -> bool:
     size = MAX_RUN_CHARS // 2
     stretches = (block[i : i + size] for i in range(0, len(block) - size + 1, size))
     return any(stretch.isspace() or not re.search(r"\s", stretch) for stretch in stretches)
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nOther files import this one; there is nothing to run here.")

@@ -6,7 +6,6 @@ own, which ends with it. They are spawned, not forked: this process has threads,
 """
 
 import multiprocessing
-import os
 import pickle
 import signal
 import threading
@@ -20,17 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from files import token_dtype
+from shards import token_dtype
 from sources import Source, SourceError, read_ahead
 from tokenizer import Tokenizer
 
 BATCHES_AHEAD = 64  # of about a megabyte: workers stay busy while a shard is brought to the disk
 LEFT_OUT = ("empty", "null", "not a string")  # kinds of documents that leave no trace but in the manifest's count
-
-
-def num_cores() -> int:
-    """Those that this process may use, which in a container or a batch job are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
@@ -191,3 +185,7 @@ def tokenized(
         for worker in workers:
             worker.process.terminate()
         threads.shutdown(cancel_futures=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nOther files import this one; there is nothing to run here.")

@@ -1,4 +1,4 @@
-"""Every benchmark, and from their figures the table in README.md: nothing may get slower unnoticed.
+"""Every benchmark, and from their figures the table in benchmarks/README.md: nothing may get slower unnoticed.
 
     python benchmarks/all.py                     all of them: an hour on two cores
     python benchmarks/all.py --only generation   those whose name holds the word; the other rows stay as they are
@@ -22,7 +22,7 @@ import torch
 from common import DEVICE, machine
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+README = HERE / "README.md"
 BEGIN, END = "<!-- benchmarks/all.py writes from here -->", "<!-- to here -->"
 HEAD = "| what | command | ours | peer | ratio | of the matmul rate | peak memory, GiB, ours / peer | measured |"
 
@@ -93,7 +93,7 @@ def as_line(name: str) -> str:
 
 
 def read_table() -> tuple[str, dict[str, str]]:
-    """The README's table: the line above it, that names the machine, and its lines by their first cell."""
+    """The table of benchmarks/README.md: the line above it, which names the machine; and its lines, by first cell."""
     text = README.read_text(encoding="utf-8")
     block = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
     lines = [line for line in block.splitlines() if line.startswith("| ")]

@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hardware import dtype_name, fastest_dtype, peak_flops
 from model import ModelConfig
-from model_utils import fastest_dtype, peak_flops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The shape of the design's figures, as it is in train.py's CONFIGURATION, and a small one that a laptop can train.
@@ -34,7 +34,7 @@ def machine() -> str:
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    dtype = str(fastest_dtype(DEVICE)).removeprefix("torch.")
+    dtype = dtype_name(fastest_dtype(DEVICE))
     return (
         f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {dtype}, torch {torch.__version__}"
     )

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from common import DEVICE, SHAPES, report
 
+from hardware import fastest_dtype, peak_flops
 from load_fineweb_dataset import prepare
 from model import ModelConfig, Transformer
-from model_utils import fastest_dtype, flops_per_token, peak_flops
+from model_utils import flops_per_token
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 TOKENS = 16 * 256  # a step, over all processes

@@ -27,8 +27,8 @@ import tiktoken
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sources import open_source
+from threads import num_cores
 from tokenizer import SPLIT_PATTERN, Tokenizer
-from workers import num_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_SIZE = 20_000_000  # tokens: several shards of the default corpus

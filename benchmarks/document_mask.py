@@ -11,11 +11,12 @@ from functools import partial
 import torch
 from common import DEVICE, SHAPES, Worker, medians, report, take_turns
 from torch import Tensor
-from torch.func import functional_call
-from train_step import make_update
+from train_step import ADAMW, make_update
 
+from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from model import ModelConfig, Transformer, document_positions
-from model_utils import cast_weights, fastest_dtype, keep_freed_memory
+from model_utils import MixedPrecision, compile_blocks, place_model
+from optimizers import build_optimizers
 
 BOS = 0  # any id, as all of them are drawn at random
 
@@ -23,26 +24,24 @@ BOS = 0  # any id, as all of them are drawn at random
 def ways(shape: tuple[int, int], document_tokens: int) -> dict[str, Callable[[], dict]]:
     keep_freed_memory()  # as train.py does
     config = ModelConfig(**SHAPES["small"], max_seq_len=shape[1])
-    model = Transformer(config).to(DEVICE)
-    model.compile_blocks()
+    model = place_model(Transformer(config), DEVICE)
+    compile_blocks(model)
+    optimizers = build_optimizers(model, ADAMW)
+    mixed, dtype = (
+        MixedPrecision(model, fastest_dtype(DEVICE), optimizers),
+        dtype_name(fastest_dtype(DEVICE)),
+    )
 
-    def start(masked: bool, dtype: str) -> Callable:
-        weights = cast_weights(model, getattr(torch, dtype))
-
-        def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
-            tokens[torch.rand(shape, device=DEVICE) < 1 / document_tokens] = BOS
-            positions = document_positions(tokens, BOS) if masked else None
-            return functional_call(model, weights, (tokens, targets), {"positions": positions})
-
-        return loss_of
+    def loss_of(masked: bool, tokens: Tensor, targets: Tensor) -> Tensor:
+        tokens[torch.rand(shape, device=DEVICE) < 1 / document_tokens] = BOS
+        return mixed(tokens, targets, positions=document_positions(tokens, BOS) if masked else None)
 
     def turn(update: Callable[..., dict]) -> dict:
-        dtype = str(fastest_dtype(DEVICE)).removeprefix("torch.")
         update(dtype, "default")  # takes up the memory that a run has for good
         return update(dtype, "default")
 
     return {
-        name: partial(turn, make_update(model, partial(start, masked), config, shape, 1))
+        name: partial(turn, make_update(*optimizers, {dtype: partial(loss_of, masked)}, config, shape, 1))
         for name, masked in (("without the mask", False), ("with the mask", True))
     }
 

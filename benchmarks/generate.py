@@ -21,8 +21,9 @@ import torch
 from common import DEVICE, Worker, hugging_face, medians, report, take_turns
 
 from generate import generate
+from hardware import dtype_name, fastest_dtype
 from model import ModelConfig, Transformer
-from model_utils import fastest_dtype
+from model_utils import place_model
 
 SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_p": 0.95}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,7 +67,7 @@ def measured(work: Callable[[], None], weight: torch.Tensor) -> dict[str, float]
 
 
 def ours(job: Job) -> dict[str, Callable[[], dict]]:
-    model = Transformer(CONFIG).to(DEVICE, DTYPES[job.dtype]).eval()
+    model = place_model(Transformer(CONFIG), DEVICE).to(DTYPES[job.dtype]).eval()
     sharpen(model.output)
     prompts = job.prompts()
 
@@ -116,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=4, help="prompts (default: 4)")
     parser.add_argument("--new_tokens", type=int, default=128, help="tokens that each is continued by (default: 128)")
-    fastest = str(fastest_dtype(DEVICE)).removeprefix("torch.")
+    fastest = dtype_name(fastest_dtype(DEVICE))
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=[fastest], help=f"of weights and cache (default: {fastest})"
     )

@@ -30,9 +30,11 @@ import torch.nn.functional as F
 from common import DEVICE, SHAPES, Worker, hugging_face, medians, report, take_turns
 from torch import Tensor
 
+import hellaswag_utils
+from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from hellaswag_utils import Example, choose, load_examples, score
 from model import ModelConfig, Transformer
-from model_utils import fastest_dtype, flops_per_token, keep_freed_memory
+from model_utils import flops_per_token, place_model
 from tokenizer import Tokenizer
 
 LENGTHS = (
@@ -96,18 +98,18 @@ def padded(texts: list[list[int]]) -> Tensor:
 def ours(config: ModelConfig, examples: list[Example], dtype: str) -> dict[str, Callable[[], dict]]:
     keep_freed_memory()  # as hellaswag_utils.py does; the peer has it too
     torch.manual_seed(0)
-    model = Transformer(config).to(DEVICE).eval()
+    model = place_model(Transformer(config), DEVICE).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter *= 3  # as drawn, all tokens are nearly as likely, and the endings' ranking is noise
-    arithmetic, nats = Arithmetic(config, model.layers, model.output), model.nats
+    arithmetic, token_losses = Arithmetic(config, model.layers, model.output), hellaswag_utils.token_losses
 
-    def counted_nats(*args: Tensor) -> Tensor:
+    def counted(*args: Tensor) -> Tensor:
         arithmetic.through_output(model, args)
-        return nats(*args)
+        return token_losses(*args)
 
-    model.nats = counted_nats
+    hellaswag_utils.token_losses = counted
 
     def packed() -> list[tuple[int, int]]:
         return [choose(e, log_probs) for e, log_probs in zip(examples, score(model, examples), strict=True)]
@@ -117,10 +119,10 @@ def ours(config: ModelConfig, examples: list[Example], dtype: str) -> dict[str, 
         for example in examples:
             tokens = padded([example.context + ending for ending in example.endings])
             logits = model(tokens)[:, :-1].float()
-            nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-            nats = nats.view(len(tokens), -1).cpu()
+            losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+            losses = losses.view(len(tokens), -1).cpu()
             start = len(example.context) - 1
-            log_probs = [-row[start : start + len(e)] for row, e in zip(nats, example.endings, strict=True)]
+            log_probs = [-row[start : start + len(e)] for row, e in zip(losses, example.endings, strict=True)]
             chosen.append(choose(example, log_probs))
         return chosen
 
@@ -181,7 +183,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="take the first N rows of --data (default: all)")
     parser.add_argument("--rows", type=int, default=12, help="made-up rows (default: 12)")
     parser.add_argument("--batch_size", type=int, default=8, help="texts at once for Hugging Face (default: 8)")
-    default = str(fastest_dtype(DEVICE)).removeprefix("torch.")
+    default = dtype_name(fastest_dtype(DEVICE))
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],

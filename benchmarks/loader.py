@@ -12,19 +12,20 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import DEVICE, SHAPES
-from torch.func import functional_call
-from train_step import make_update
+from train_step import ADAMW, make_update
 
-from dataloaders import TokenStream, TrainWindows
-from files import MANIFEST, SHARD_FORMAT_VERSION, shard_name
+from dataloaders import BatchLayout, TrainWindows
+from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from model import ModelConfig, Transformer
-from model_utils import cast_weights, fastest_dtype, keep_freed_memory
+from model_utils import MixedPrecision, compile_blocks, place_model
+from optimizers import build_optimizers
+from shards import MANIFEST, SHARD_FORMAT_VERSION, SHARD_KEYS, TokenStream, shard_name
 
 FOLDER_VOCAB, MODEL_VOCAB = 128_256, 8192  # the folder's calls for 32-bit ids; those drawn fit the small model
 
@@ -35,14 +36,16 @@ def write_shards(root: Path, shards: int, tokens: int) -> None:
     for index in range(shards + 1):
         ids = draw.integers(MODEL_VOCAB, size=tokens if index else 2048, dtype=np.uint32)
         np.save(root / shard_name(index), ids)
-        listed.append({"file": shard_name(index), "split": "train" if index else "val", "tokens": len(ids)})
+        shard = {"file": shard_name(index), "split": "train" if index else "val", "tokens": len(ids)}
+        listed.append(dict.fromkeys(SHARD_KEYS, 0) | shard)
     manifest = {"format_version": SHARD_FORMAT_VERSION, "vocab_size": FOLDER_VOCAB, "dtype": "uint32"}
-    (root / MANIFEST).write_text(json.dumps({**manifest, "tokenizer_fingerprint": "", "shards": listed}))
+    manifest |= {"tokenizer_fingerprint": "", "documents": 0, "tokens": shards * tokens, "shards": listed}
+    (root / MANIFEST).write_text(json.dumps(manifest))
 
 
 def ours(root: Path, B: int, T: int) -> Iterator:
     stream = TokenStream(root, "train", vocab_size=FOLDER_VOCAB)
-    windows = TrainWindows([stream], seq_len=T, batch_size=B, accumulation=1, seed=0)
+    windows = TrainWindows([stream], BatchLayout(T, B), seed=0)
     return windows.batches(0, 10**9, torch.device("cpu"))
 
 
@@ -99,22 +102,22 @@ def measure_waiting(root: Path, steps: int) -> dict[str, float]:
     """Medians of a training step of the small shape, 16 x 256 tokens, compiled: all of it, and its wait."""
     keep_freed_memory()  # as train.py does
     config, shape = ModelConfig(**SHAPES["small"], max_seq_len=256), (16, 256)
-    model = Transformer(config).to(DEVICE)
-    model.compile_blocks()
+    model = place_model(Transformer(config), DEVICE)
+    compile_blocks(model)
+    optimizers = build_optimizers(model, ADAMW)
+    mixed, dtype = (
+        MixedPrecision(model, fastest_dtype(DEVICE), optimizers),
+        dtype_name(fastest_dtype(DEVICE)),
+    )
     batches, waits = ours(root, *shape), []
 
-    def start(dtype: str) -> Callable:
-        weights = cast_weights(model, getattr(torch, dtype))
+    def loss_of(*of_no_interest: torch.Tensor) -> torch.Tensor:
+        began = time.perf_counter()
+        x, y = next(batches)
+        waits.append(time.perf_counter() - began)
+        return mixed(x.to(DEVICE), y.to(DEVICE))
 
-        def loss_of(*of_no_interest: torch.Tensor) -> torch.Tensor:
-            began = time.perf_counter()
-            x, y = next(batches)
-            waits.append(time.perf_counter() - began)
-            return functional_call(model, weights, (x.to(DEVICE), y.to(DEVICE)))
-
-        return loss_of
-
-    update, dtype = make_update(model, start, config, shape, 1), str(fastest_dtype(DEVICE)).removeprefix("torch.")
+    update = make_update(*optimizers, {dtype: loss_of}, config, shape, 1)
     totals = [update(dtype, "default")["seconds"] for _ in range(steps + 2)]  # the first two compile and warm up
     wait, total = statistics.median(waits[2:]), statistics.median(totals[2:])
     return {"step_ms": 1e3 * total, "waiting_ms": 1e3 * wait, "waiting_share": wait / total}

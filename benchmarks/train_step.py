@@ -16,39 +16,43 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from common import DEVICE, SHAPES, Worker, hugging_face, medians, report, take_turns
-from torch.func import functional_call
 
+from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from model import ModelConfig, Transformer
-from model_utils import cast_weights, fastest_dtype, flops_per_token, keep_freed_memory
+from model_utils import MixedPrecision, autocast, compile_blocks, flops_per_token, place_model
 from optimizers import build_optimizers
+
+# As train.py has it
+ADAMW = SimpleNamespace(optimizer="adamw", max_lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def make_update(
-    model: torch.nn.Module, start: Callable, config: ModelConfig, shape: tuple[int, int], accumulation: int
+    optimizer: torch.optim.Optimizer,
+    losses: dict[str, Callable],
+    config: ModelConfig,
+    shape: tuple[int, int],
+    accumulation: int,
 ) -> Callable[..., dict]:
     """A function that does one update as train.py does it, on random tokens, and returns how long it took.
 
-    `start(dtype)` begins the update; it returns the loss as a function of tokens and targets.
+    `losses` has, for each dtype, the loss as a function of tokens and targets.
     """
-    [optimizer] = build_optimizers(
-        model, optimizer="adamw", max_lr=1e-3, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95)
-    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def update(dtype: str, stance: str) -> dict[str, float]:
         began = time.perf_counter()
         with torch.compiler.set_stance(stance):
-            loss_of = start(dtype)
             for _ in range(accumulation):
                 tokens, targets = torch.randint(config.vocab_size, (2, *shape), device=DEVICE)
-                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                    loss = loss_of(tokens, targets)
+                loss = losses[dtype](tokens, targets)
                 (loss / accumulation).backward()
         loss.item()  # waits for a GPU
         computed = time.perf_counter()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if DEVICE.type == "cuda":
@@ -75,14 +79,11 @@ def ways(update: Callable[..., dict], name: str, dtypes: list[str], steps: int) 
 
 def ours(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str], steps: int) -> dict:
     keep_freed_memory()  # as train.py does
-    model = Transformer(config).to(DEVICE)
-    model.compile_blocks()
-
-    def start(dtype: str) -> Callable:
-        weights = cast_weights(model, getattr(torch, dtype))
-        return lambda tokens, targets: functional_call(model, weights, (tokens, targets))
-
-    return ways(make_update(model, start, config, shape, accumulation), "ours", dtypes, steps)
+    model = place_model(Transformer(config), DEVICE)
+    compile_blocks(model)
+    optimizers = build_optimizers(model, ADAMW)
+    losses = {dtype: MixedPrecision(model, getattr(torch, dtype), optimizers) for dtype in dtypes}
+    return ways(make_update(*optimizers, losses, config, shape, accumulation), "ours", dtypes, steps)
 
 
 def theirs(
@@ -93,10 +94,16 @@ def theirs(
     model = hugging_face(config).train()
 
     @torch.compile(dynamic=False)
-    def loss_of(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def compiled(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
 
-    return ways(make_update(model, lambda dtype: loss_of, config, shape, accumulation), "Hugging Face", dtypes, steps)
+    def loss_of(dtype: str, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with autocast(DEVICE, getattr(torch, dtype)):
+            return compiled(tokens, targets)
+
+    losses = {dtype: partial(loss_of, dtype) for dtype in dtypes}
+    update = make_update(*build_optimizers(model, ADAMW), losses, config, shape, accumulation)
+    return ways(update, "Hugging Face", dtypes, steps)
 
 
 def main() -> None:
@@ -109,14 +116,12 @@ def main() -> None:
         "--dtypes",
         nargs="+",
         choices=["float32", "bfloat16"],
-        default=[str(fastest_dtype(DEVICE)).removeprefix("torch.")],
+        default=[dtype_name(fastest_dtype(DEVICE))],
         help="of the matrix products (default: the one that this device multiplies fastest)",
     )
     parser.add_argument("--steps", type=int, default=2, help="steps a turn, of which the last counts (default: 2)")
     parser.add_argument("--turns", type=int, default=3, help="turns of each way (default: 3)")
-    parser.add_argument(
-        "--peer_keeps_memory", action="store_true", help="model_utils.keep_freed_memory for the peer too"
-    )
+    parser.add_argument("--peer_keeps_memory", action="store_true", help="hardware.keep_freed_memory for the peer too")
     parser.add_argument("--cold", action="store_true", help="compile anew; else a build cached on the disk is taken")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import dataloaders
-from dataloaders import TokenStream, TrainWindows, folder_quotas, open_streams, shuffled, validation_batches
+import shards
+from dataloaders import BatchLayout, TrainWindows, folder_quotas, open_streams, shuffled, validation_batches
 from load_fineweb_dataset import prepare
+from shards import TokenStream
 from tokenizer import Tokenizer
 
 VOCAB = 4096  # uint16
@@ -24,8 +25,10 @@ def write_folder(root, *, train=(100, 100, 57), val=(61,), vocab_size=VOCAB, dty
         name = f"edufineweb_{split}_{index:06d}.npy"
         np.save(root / name, np.arange(position[split], position[split] + tokens).astype(dtype))
         position[split] += tokens
-        shards.append({"file": name, "split": split, "tokens": tokens})
+        counts = {"tokens": tokens, "documents": 0, "text_bytes": 0}
+        shards.append({"file": name, "split": split, "sha256": "", **counts})
     manifest = {"format_version": 1, "vocab_size": vocab_size, "dtype": dtype, "tokenizer_fingerprint": FINGERPRINT}
+    manifest |= {"documents": 0, "tokens": sum(shard["tokens"] for shard in shards)}
     (root / "manifest.json").write_text(json.dumps({**manifest, "shards": shards}))
     return root
 
@@ -148,15 +151,8 @@ WINDOWS, PER_STEP = 32, 12
 
 def make_windows(stream, *, world_size=1, rank=0, batch_size=3, accumulation=None, seed=7, seq_len=T):
     accumulation = accumulation or PER_STEP // (batch_size * world_size)
-    return TrainWindows(
-        stream if isinstance(stream, list) else [stream],
-        seq_len=seq_len,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-    )
+    layout = BatchLayout(seq_len, batch_size, accumulation, rank, world_size)
+    return TrainWindows(stream if isinstance(stream, list) else [stream], layout, seed=seed)
 
 
 def consumed(stream, world_size, batch_size, start, end):
@@ -214,7 +210,7 @@ def test_the_tokens_are_the_same_while_a_run_goes_on_with_1_2_4_and_3_processes(
 def test_batches_of_several_steps_are_those_of_the_steps(stream):
     windows = make_windows(stream)
     together = list(windows.batches(2, 6, torch.device("cpu")))
-    assert len(together) == 4 * windows.accumulation
+    assert len(together) == 4 * windows.layout.accumulation
     apart = [b for step in range(2, 6) for b in windows.batches(step, step + 1, torch.device("cpu"))]
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(together, apart, strict=True))
     assert list(windows.batches(3, 3, torch.device("cpu"))) == []
@@ -273,7 +269,7 @@ def test_loader_processes_deliver_the_same_batches_in_the_same_order(stream):
     # The loader for a GPU, which reads in worker processes; without one it only does not pin.
     there = list(windows.batches(1, 4, torch.device("cuda")))
     here = list(windows.batches(1, 4, torch.device("cpu")))
-    assert len(here) == 3 * windows.accumulation
+    assert len(here) == 3 * windows.layout.accumulation
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(there, here, strict=True))
 
 
@@ -381,7 +377,7 @@ def test_validation_windows_are_allotted_by_weight(tmp_path, max_tokens, counts)
     for world_size in (1, 3):
         shares = [
             validation_batches(
-                streams, seq_len=T, batch_size=4, max_tokens=max_tokens, rank=rank, world_size=world_size
+                streams, BatchLayout(T, batch_size=4, rank=rank, world_size=world_size), max_tokens=max_tokens
             )
             for rank in range(world_size)
         ]
@@ -392,10 +388,10 @@ def test_validation_windows_are_allotted_by_weight(tmp_path, max_tokens, counts)
 # ---------------------------------------------------------------- validation batches
 
 
-def validation_windows(stream, **kwargs):
-    batches = list(validation_batches([stream], **kwargs))
+def validation_windows(stream, *, max_tokens, **layout):
+    batches = list(validation_batches([stream], BatchLayout(**layout), max_tokens=max_tokens))
     assert all(torch.equal(x[:, 1:], y[:, :-1]) and x.dtype == y.dtype == torch.int64 for x, y in batches)
-    assert all(len(x) <= kwargs["batch_size"] for x, _ in batches)
+    assert all(len(x) <= layout["batch_size"] for x, _ in batches)
     return [(tuple(x.tolist()), int(y[-1])) for xs, ys in batches for x, y in zip(xs, ys, strict=True)]
 
 
@@ -581,7 +577,7 @@ def test_the_largest_id_of_the_vocabulary_is_accepted(folder):
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_at_reading_where_the_start_did_not_look(folder, monkeypatch):
-    monkeypatch.setattr(dataloaders, "CHECKED_TOKENS", 3 * 10)  # the first 10 of each of three shards
+    monkeypatch.setattr(shards, "CHECKED_TOKENS", 3 * 10)  # the first 10 of each of three shards
     path = folder / "edufineweb_train_000002.npy"
     overwrite(path, 10, 5000)  # stream position 110
     stream = open_stream(folder)
@@ -607,12 +603,12 @@ def test_too_few_training_tokens_are_refused(tmp_path):
 
 
 def test_too_few_validation_tokens_are_refused(tmp_path):
-    kwargs = {"seq_len": T, "batch_size": 2, "max_tokens": 1000}
+    layout = BatchLayout(T, batch_size=2)
     enough = open_stream(write_folder(tmp_path / "enough", val=(T + 1,)), "val")
-    assert len(list(validation_batches([enough], **kwargs))) == 1
+    assert len(list(validation_batches([enough], layout, max_tokens=1000))) == 1
     few = open_stream(write_folder(tmp_path / "few", val=(T,)), "val")
     with pytest.raises(ValueError, match=f"{T} validation tokens .*--shard_size") as error:
-        list(validation_batches([few], **kwargs))
+        list(validation_batches([few], layout, max_tokens=1000))
     assert str(tmp_path / "few") in str(error.value)
 
 

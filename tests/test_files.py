@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from files import atomic_write, is_prepared, sha256_of, shard_name, token_dtype
+from files import atomic_write, sha256_of
+from shards import is_prepared, shard_name, token_dtype
 
 REPO = Path(__file__).resolve().parents[1]
 

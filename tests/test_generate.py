@@ -12,9 +12,9 @@ import torch
 from test_model import TINY, hf_twin, one_thread, random_model  # noqa: F401 (one_thread acts by being here)
 
 import generate as script
+from checkpoints import save_checkpoint
 from generate import CANDIDATES, complete, generate, nucleus, sample_next
 from model import KVCache
-from model_utils import save_checkpoint
 from tokenizer import Tokenizer
 
 PROMPTS = [[5, 17, 3, 99, 42, 8, 8], [1], [60, 2, 71], list(range(100, 60, -1))]

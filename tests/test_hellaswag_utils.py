@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import hellaswag_utils
+import loss
+from checkpoints import save_checkpoint
+from cpu_kernels import FewRowsLinear
 from hellaswag_utils import (
     Example,
     as_metrics,
@@ -25,8 +28,7 @@ from hellaswag_utils import (
     render,
     score,
 )
-from model import Linear, ModelConfig, OutputLoss, Transformer
-from model_utils import save_checkpoint
+from model import ModelConfig, Transformer
 from tokenizer import NUM_SPECIAL_TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 VOCAB = 512
@@ -253,7 +255,7 @@ def test_batches_are_bounded_in_tokens_and_hold_little_padding(model, monkeypatc
 
 def test_the_output_layer_runs_a_slice_at_a_time_and_where_endings_are_predicted(model, examples, monkeypatch):
     expected = score(model, examples)
-    monkeypatch.setattr(OutputLoss, "SLICE", 64)
+    monkeypatch.setattr(loss, "SLICE", 64)
     positions, mm = [], torch.mm
 
     def watched(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -436,7 +438,7 @@ def test_a_checkpoint_trained_in_bfloat16_is_scored_in_what_is_fast_here(
     used, mm = set(), torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, out: used.add((y := mm(*args, out=out)).dtype) or y)
     monkeypatch.setattr(hellaswag_utils, "fastest_dtype", lambda device: fastest)
-    monkeypatch.setattr(Linear, "forward", lambda self, x: used.add((y := F.linear(x, self.weight)).dtype) or y)
+    monkeypatch.setattr(FewRowsLinear, "forward", lambda self, x: used.add((y := F.linear(x, self.weight)).dtype) or y)
     path = save(tmp_path / "bf16", model, tokenizer, dtype="bfloat16")
     assert main(monkeypatch, "--checkpoint", path, "--data", data) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["hellaswag_examples"] == 5

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import load_fineweb_dataset
+from files import sha256_of
 from load_fineweb_dataset import prepare
 from tokenizer import Tokenizer
 
@@ -58,7 +59,7 @@ def test_an_id_outside_the_vocabulary_is_named_even_where_the_hash_is_right(fold
     ids[7] = 512
     np.save(path, ids)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shards"][2]["sha256"] = load_fineweb_dataset.sha256_of(path)
+    manifest["shards"][2]["sha256"] = sha256_of(path)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     status, _, err = main(monkeypatch, capsys, folder, "--verify")
     assert status == 1
@@ -91,7 +92,7 @@ def change(manifest, key, value):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda manifest: change(manifest, "format_version", 2), "manifest.json: format_version 2 where 1 is due"),
+        (lambda manifest: change(manifest, "format_version", 2), "manifest.json: format 2, this code reads 1"),
         (lambda manifest: change(manifest, "dtype", "uint32"), "manifest.json: dtype uint32 where uint16 is due"),
         (lambda manifest: change(manifest["shards"][2], "split", "val"), "train_000002.npy: the manifest has"),
         (lambda manifest: manifest["shards"].reverse(), "val_000000.npy: the manifest has edufineweb_train_000005"),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,31 +21,31 @@ import torch
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from checkpoints import (
+    checkpoints_in,
+    find_checkpoint,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from config import config_as_dict
+from config import local_device as pick_device
+from hardware import can_compile, fastest_dtype, keep_freed_memory, peak_flops
 from model import ModelConfig, Transformer
 from model_utils import (
     MetricsLog,
     NullRun,
     Process,
-    can_compile,
     cast_weights,
-    checkpoints_in,
-    config_as_dict,
-    fastest_dtype,
-    find_checkpoint,
     flops_per_token,
-    keep_freed_memory,
-    load_checkpoint,
     load_model,
-    peak_flops,
-    pick_device,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
     start_process,
     start_wandb,
     sum_over_processes,
 )
 from optimizers import Muon, build_optimizers, lr_factor, orthogonalise
+from train import ORIGINAL
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=32, max_seq_len=32)
@@ -224,7 +225,7 @@ def test_kept_memory_comes_without_page_faults():
     """In a process of its own, which keeps its memory to its end."""
     lines = """
 import resource, torch
-from model_utils import keep_freed_memory
+from hardware import keep_freed_memory
 keep_freed_memory()
 for _ in range(30):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -243,8 +244,8 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
 
 
 def factor(step: int, **changes) -> float:
-    fields = {"schedule": "cosine", "warmup_steps": 10, "max_steps": 110, "min_factor": 0.1, "decay_fraction": 0.2}
-    return lr_factor(step, **(fields | changes))
+    fields = {"schedule": "cosine", "warmup_steps": 10, "max_steps": 110, "min_lr_fraction": 0.1, "decay_fraction": 0.2}
+    return lr_factor(step, replace(ORIGINAL, **(fields | changes)))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ def groups_by_name(model: Transformer, **changes) -> list[tuple[str, set[str], d
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         (type(optimizer).__name__, {names[id(p)] for p in group["params"]}, group)
-        for optimizer in build_optimizers(model, **(fields | changes))
+        for optimizer in build_optimizers(model, replace(ORIGINAL, **(fields | changes)))
         for group in optimizer.param_groups
     ]
 
@@ -437,7 +438,8 @@ def save(folder: Path, step: int, *, keep: int = 100, is_best: bool = False) -> 
 def test_checkpoint_brings_back_model_optimizers_and_random_state(tmp_path, optimizer):
     model = Transformer(TINY)
     fields = {"max_lr": 1e-3, "muon_lr": 0.02, "weight_decay": 0.1, "betas": (0.9, 0.95)}
-    optimizers = build_optimizers(model, optimizer=optimizer, **fields)
+    cfg = replace(ORIGINAL, optimizer=optimizer, **fields)
+    optimizers = build_optimizers(model, cfg)
     tokens = torch.randint(512, (2, 16))
     model(tokens, tokens).backward()
     for one in optimizers:
@@ -452,7 +454,7 @@ def test_checkpoint_brings_back_model_optimizers_and_random_state(tmp_path, opti
     assert checkpoint["step"] == 7 and loaded.config == TINY and not loaded.training
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
-    fresh = build_optimizers(loaded, optimizer=optimizer, **fields)
+    fresh = build_optimizers(loaded, cfg)
     for one, state, saved in zip(fresh, checkpoint["optimizers"], extra["optimizers"], strict=True):
         one.load_state_dict(state)
         torch.testing.assert_close(one.state_dict()["state"], saved["state"], rtol=0, atol=0)
@@ -651,9 +653,9 @@ def test_other_ranks_write_no_metrics(tmp_path):
     assert not list(tmp_path.iterdir()) and not run.logged
 
 
-def wandb_arguments(folder: Path, **changes) -> dict:
-    fields = {"project": "p", "name": "n", "run_id": "abc12345", "config": {"dim": 32}, "folder": folder}
-    return fields | {"is_main": True} | changes
+def wandb_arguments(folder: Path, is_main: bool = True) -> tuple:
+    cfg = replace(ORIGINAL, wandb_project="p", out_dir=str(folder))
+    return cfg, "abc12345", Process(0 if is_main else 1, 2, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -664,7 +666,7 @@ def test_wandb_is_not_even_imported(tmp_path, monkeypatch, key, is_main):
         monkeypatch.setenv("WANDB_API_KEY", key)
     imported, real = [], builtins.__import__
     monkeypatch.setattr(builtins, "__import__", lambda name, *rest: imported.append(name) or real(name, *rest))
-    run = start_wandb(**wandb_arguments(tmp_path, is_main=is_main))
+    run = start_wandb(*wandb_arguments(tmp_path, is_main=is_main))
     run.log({"loss": 1.0}, step=1)
     run.finish()
     assert isinstance(run, NullRun)
@@ -692,7 +694,7 @@ class BrokenWandb:
 def test_wandb_that_fails_is_one_line_and_no_error(tmp_path, monkeypatch, capsys, module):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    assert isinstance(start_wandb(**wandb_arguments(tmp_path)), NullRun)
+    assert isinstance(start_wandb(*wandb_arguments(tmp_path)), NullRun)
     out, err = capsys.readouterr()
     assert "Weights & Biases is off" in out and len(out.splitlines()) == 1
     assert not err
@@ -716,10 +718,14 @@ WANDB_RUN = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from model_utils import MetricsLog, start_wandb
+from dataclasses import replace
+import torch
+from model_utils import MetricsLog, Process, start_wandb
+from train import ORIGINAL
 
 folder = Path({folder!r})
-run = start_wandb(project="p", name="n", run_id="abc12345", config={{"dim": 32}}, folder=folder, is_main=True)
+cfg = replace(ORIGINAL, wandb_project="p", out_dir=str(folder))
+run = start_wandb(cfg, "abc12345", Process(0, 1, torch.device("cpu")))
 log = MetricsLog(folder, run, True, last_step=0)
 log.write({{"step": 1, "tokens": 256, "train_loss": 2.5, "lr": 0.001, "grad_norm": 1.5, "mfu": 0.25}})
 log.write({{"step": 1, "tokens": 256, "val_loss": 2.25, "val_bpb": 1.75}})

@@ -25,10 +25,15 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluation
+import model_utils
 import train
-from dataloaders import TokenStream, validation_batches
+from checkpoints import load_checkpoint
+from config import read_config
+from dataloaders import BatchLayout, validation_batches
 from load_fineweb_dataset import prepare
-from model_utils import load_checkpoint, load_model
+from model_utils import load_model
+from shards import TokenStream
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "train.py"
@@ -560,7 +565,7 @@ def test_a_step_is_saved_before_it_is_scored(flags_for, tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         raise SystemExit("killed")
 
-    monkeypatch.setattr(train.hellaswag_utils, "count_correct", killed)
+    monkeypatch.setattr(evaluation.hellaswag_utils, "count_correct", killed)
     assert train_here(flags_for(tmp_path, max_steps=4, save_every=2, hellaswag_every=2)).status == "killed"
     assert load_checkpoint(tmp_path / "checkpoints/step_00000002.pt", "cpu")["step"] == 2
 
@@ -692,7 +697,7 @@ def test_checkpoint_of_a_step_is_the_model_that_was_validated_after_it(whole, ti
     assert checkpoint["step"] == 10
     stream = TokenStream(tiny_corpus, "val", vocab_size=VOCAB)
     with torch.inference_mode():
-        losses = [model(x, y) for x, y in validation_batches([stream], seq_len=32, batch_size=1, max_tokens=512)]
+        losses = [model(x, y) for x, y in validation_batches([stream], BatchLayout(32, 1), max_tokens=512)]
     [row] = [row for row in rows_of(whole, "val_loss") if row["step"] == 10]
     assert torch.stack(losses).mean().item() == pytest.approx(row["val_loss"], abs=1e-5)
     assert len(losses) == 512 // 32
@@ -702,7 +707,7 @@ def test_bits_per_byte_is_the_loss_over_the_bytes_of_its_text(whole, tiny_corpus
     stream = TokenStream(tiny_corpus, "val", vocab_size=VOCAB)
     lengths = torch.from_numpy(train.Tokenizer(vocab_size=VOCAB).token_byte_lengths())
     text_bytes = sum(
-        lengths[y].sum().item() for _, y in validation_batches([stream], seq_len=32, batch_size=1, max_tokens=512)
+        lengths[y].sum().item() for _, y in validation_batches([stream], BatchLayout(32, 1), max_tokens=512)
     )
     row = rows_of(whole, "val_loss")[-1]
     assert row["val_bpb"] == pytest.approx(row["val_loss"] * 512 / math.log(2) / text_bytes)
@@ -859,7 +864,7 @@ def test_all_bad_fields_are_named_at_once_with_value_and_cure(flags_for, tmp_pat
 def test_total_batch_must_fit_batch_sequence_and_world_size(flags_for, tmp_path, monkeypatch):
     """192 tokens are 3 micro-steps of 2 x 32 on one process, and no whole number of them on two."""
     flags = flags_for(tmp_path / "run", total_batch_size=192)
-    assert train.read_config(flags).total_batch_size == 192
+    assert read_config(flags, train.ORIGINAL, train.SAMPLE).total_batch_size == 192
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     result = train_here(flags)
@@ -910,7 +915,7 @@ def test_weights_are_cast_once_an_update_whatever_its_micro_steps(flags_for, tmp
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_dtype_auto_is_what_the_hardware_multiplies(flags_for, tmp_path, monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
-    cfg = train.read_config(flags_for(tmp_path / "run", dtype="auto"))
+    cfg = read_config(flags_for(tmp_path / "run", dtype="auto"), train.ORIGINAL, train.SAMPLE)
     assert cfg.dtype == ("bfloat16" if has_bf16 else "float32")
 
 
@@ -1116,7 +1121,7 @@ def test_weights_and_biases_failing_in_the_run_does_not_stop_training(flags_for,
 
         finish = log
 
-    monkeypatch.setattr(train, "start_wandb", lambda **kwargs: Broken())
+    monkeypatch.setattr(model_utils, "start_wandb", lambda *args: Broken())
     result = train_here(flags_for(tmp_path, max_steps=3))
     assert result.status == 0, result.err
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]

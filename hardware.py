@@ -1,0 +1,140 @@
+"""What the machine can do: its device, the fast dtype, the peak speed, memory, and whether a compiler works."""
+
+import ctypes
+import re
+import time
+from collections.abc import Callable
+
+import torch
+
+# ---------------------------------------------------------------- device
+
+
+def pick_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
+    """The device of the process number `local_rank` of the `local_world_size` processes on this machine.
+
+    Args:
+        name: cpu, cuda, cuda:N, mps, or auto for the first of CUDA, Apple's mps and the CPU that is there. Several
+            processes share out the GPUs by their numbers.
+
+    Raises:
+        ValueError: this machine has no such device. The message names the cure.
+    """
+    alone = local_world_size == 1
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name}: name auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        # All processes check the largest number, because the process that prints must see the error too.
+        largest = (device.index or 0) if alone else local_world_size - 1
+        if largest >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={name}: GPU {largest} was asked for and {torch.cuda.device_count()} are visible; "
+                "start fewer processes, or pass --device cpu"
+            )
+        return torch.device("cuda", largest if alone else local_rank)
+    if device.type == "mps" and not (alone and torch.backends.mps.is_available()):
+        raise ValueError(f"device={name}: needs an Apple GPU and a single process; pass --device cpu")
+    if device.type not in ("cpu", "mps"):
+        raise ValueError(f"device={name}: name auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which `device` multiplies matrices fastest: bfloat16 where the hardware has it, else float32.
+
+    Without hardware for it, as on most laptops' CPUs, bfloat16 is emulated, 10 to 100 times slower than float32.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        has_bf16 = True
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32, and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
+def can_compile(device: torch.device, say: Callable[[str], None] = print) -> bool:
+    """Whether torch.compile works here. It needs a C++ compiler or Triton, so one line is compiled to find out.
+
+    If it does not work, `say` is told why.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # whatever the compiler says, training goes on without it
+        say(f"torch.compile does not work here ({type(error).__name__}); training uncompiled, which is slower")
+        return False
+
+
+# ---------------------------------------------------------------- memory
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next step of training.
+
+    By default the C library returns large blocks to the system. The system hands them out again page by page, filled
+    with zeros. That took a tenth of a training step on a CPU. The switches are glibc's, see mallopt(3). Other C
+    libraries do not have them, and nothing changes there.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError):
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
+# ---------------------------------------------------------------- peak speed
+
+# Dense bf16 peak of a card in FLOP/s, from the vendors' data sheets. The first name that is in the card's name counts.
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A6000": 155e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a perfect program: the published bf16 peak of a known GPU, else the speed of a matrix product now."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for card, flops in PEAK_FLOPS.items():
+            if re.search(rf"\b{card}\b", name):  # whole words: an "RTX A1000" is not an A100
+                return flops
+    n = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(n, n, device=device).to(dtype)
+    seconds = []
+    while len(seconds) < 10 and sum(seconds) < 0.5:  # an emulated bf16 product takes seconds
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
+if __name__ == "__main__":
+    best = pick_device("auto")
+    fast = fastest_dtype(best)
+    print(f"This machine trains on {best} in {fast}, at most {peak_flops(best, fast) / 1e12:.2f} TFLOP/s.")

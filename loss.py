@@ -1,0 +1,147 @@
+"""The output layer and the cross-entropy loss in one, from hidden states to a number.
+
+`plain_loss` is what everything here computes. At 128,256 ids its logits, and their gradient, would take more memory
+than the rest of a training step. So `OutputLoss` computes the same a slice of the tokens at a time.
+
+Shape letters: B batch, T tokens of a sequence, N = B T tokens of one call, C tokens of a slice, D model width,
+V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
+SLICE = 1024  # C: enough tokens for a matrix product at a CPU's full speed; not measured on GPUs
+
+
+def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats: the negative logarithm of the probability that the model gives to the true next id.
+
+    x (N, D), weight (V, D), targets (N,) -> scalar. Targets of IGNORED do not count.
+    """
+    logits = F.linear(x, weight).float()  # (N, V)
+    log_p = logits.log_softmax(-1)
+    counted = targets != IGNORED
+    losses = -log_p.gather(1, targets.where(counted, 0)[:, None])[:, 0]  # (N,)
+    return losses[counted].mean()
+
+
+# ---------------------------------------------------------------- the same in slices
+
+
+class OutputLoss(nn.Module):
+    """`plain_loss` in slices. It has no parameters: the output layer's weight is the model's."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = loss_and_gradient  # model_utils.py puts the compiled function in its place
+
+    def forward(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of hidden states x (B, T, D) against targets (B, T). Raises what `check_targets` raises.
+
+        Unless gradients are off, the forward pass computes them too: evaluate under `torch.no_grad`.
+        """
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if torch.is_grad_enabled():
+            return SlicedLoss.apply(x, weight, targets, self.kernel)
+        return token_losses(x, weight, targets).sum() / (targets != IGNORED).sum()
+
+
+class SlicedLoss(torch.autograd.Function):
+    """Computes the gradients of a slice while its logits are there, in the forward pass. So nothing is computed twice.
+
+    Source: Liger Kernel, arXiv 2410.10989, section 3.2.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, kernel) -> Tensor:
+        """x (N, D), weight (V, D), targets (N,) -> scalar loss. Slices are added up in float32."""
+        check_targets(targets, len(weight))
+        counted = targets != IGNORED
+        shares, targets = counted / counted.sum(), targets.where(counted, 0)  # a token's share of the mean
+        x_cast, weight_cast = x.to(product_dtype(x)), weight.to(product_dtype(x))
+        x_grad, weight_grad = torch.empty_like(x_cast), torch.empty_like(weight, dtype=torch.float32)
+        loss = torch.zeros((), device=x.device)
+        for chunk, logits in logit_slices(x_cast, weight_cast):
+            loss += (kernel(logits, targets[chunk], shares[chunk]) * shares[chunk]).sum()
+            logits_grad = logits  # the kernel has overwritten them
+            torch.mm(logits_grad, weight_cast, out=x_grad[chunk])
+            add_product(weight_grad, logits_grad.T, x_cast[chunk], is_first=chunk.start == 0)
+        ctx.gradients = x_grad.to(x.dtype), weight_grad.to(weight.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the forward pass, times `grad`. They are handed on without a copy, so only once."""
+        if ctx.gradients is None:
+            raise RuntimeError("this loss goes backward only once, because it hands its gradients on without a copy")
+        x_grad, weight_grad = ctx.gradients
+        ctx.gradients = None
+        return x_grad.mul_(grad), weight_grad.mul_(grad), None, None
+
+
+@torch.no_grad()
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropies (N,), in nats and float32, of hidden states x (N, D) against targets (N,); 0 where IGNORED."""
+    check_targets(targets, len(weight))
+    dtype = product_dtype(x)
+    losses = [
+        F.cross_entropy(logits.float(), targets[chunk], reduction="none", ignore_index=IGNORED)
+        for chunk, logits in logit_slices(x.to(dtype), weight.to(dtype))
+    ]
+    return torch.cat(losses)
+
+
+def loss_and_gradient(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+    """Cross-entropies (C,) of logits (C, V) against targets (C,). Overwrites the logits with their gradient.
+
+    It is the gradient of the sum of cross-entropies times `shares` (C,): the softmax, less 1 at the target, times the
+    share.
+    """
+    log_p = logits.float().log_softmax(-1)
+    losses = -log_p.gather(1, targets[:, None])
+    logits.copy_(log_p.exp_().mul_(shares[:, None]))
+    # Compute p - 1 with expm1: in bfloat16 a p near 1 rounds to 1, and p - 1 would be 0.
+    logits.scatter_(1, targets[:, None], (torch.expm1(-losses) * shares[:, None]).to(logits.dtype))
+    return losses[:, 0]
+
+
+def logit_slices(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The slices of x (N, D), each with its logits (C, V). All slices share one buffer for their logits."""
+    buffer = x.new_empty(min(len(x), SLICE), len(weight))
+    for start in range(0, len(x), SLICE):
+        chunk = slice(start, min(start + SLICE, len(x)))
+        yield chunk, torch.mm(x[chunk], weight.T, out=buffer[: chunk.stop - start])
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """total += a @ b in float32, where `total` is float32. The first product overwrites."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b, beta=0 if is_first else 1)
+    elif is_first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product of x has: autocast's, where autocast is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """Raises IndexError for a target that is neither an id nor IGNORED. On CUDA a device assertion fails later."""
+    wrong = (targets != IGNORED) & ((targets < 0) | (targets >= vocab_size))
+    message = f"targets: must be ids from 0 to {vocab_size - 1}, or {IGNORED} for those that do not count"
+    if targets.is_cuda:
+        torch._assert_async(~wrong.any(), message)  # does not wait for the GPU
+    elif wrong.any():
+        raise IndexError(f"{message}; found {targets[wrong][0].item()}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nmodel.py imports this file. Run train.py.")

@@ -1,0 +1,321 @@
+"""Shards of token ids and their manifest: how they lie on the disk, the writer, the reader, the check.
+
+A prepared folder holds shards and `manifest.json`. A shard is a NumPy file with one row of token ids, in the narrowest
+unsigned type that holds the vocabulary. Shard 0 is the validation split, all others are the training split. The
+manifest is written last, so a folder with a manifest is complete.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from files import atomic_write, sha256_of
+from tokenizer import Tokenizer
+
+SHARD_FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MANIFEST_KEYS = ("vocab_size", "dtype", "tokenizer_fingerprint", "documents", "tokens", "shards")
+COUNTS = ("tokens", "documents", "text_bytes")  # what the manifest counts in each shard
+SHARD_KEYS = ("file", "split", "sha256", *COUNTS)
+
+# TokenStream compares this many ids of a folder with the vocabulary when it opens: all ids of a small folder, in a
+# fraction of a second. It compares the other ids when it reads them.
+CHECKED_TOKENS = 2**26
+
+BLOCK_IDS = 2**22  # ids that are read at once where a whole shard is looked at
+
+
+# ---------------------------------------------------------------- layout
+
+
+def shard_name(index: int) -> str:
+    """File name of shard `index`. Shard 0 is the validation split, all others are training data."""
+    return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest unsigned type that holds the ids 0 to vocab_size - 1."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+def is_prepared(data_root: str | Path) -> bool:
+    """Whether a folder of shards is complete: its manifest is written last."""
+    return (Path(data_root) / MANIFEST).is_file()
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """The manifest of a prepared folder.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ValueError: the file is not a manifest that this code can use. The message names the cure.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, so {folder} is not a prepared data folder")
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format_version"]
+        if version == SHARD_FORMAT_VERSION:
+            for key in MANIFEST_KEYS:
+                manifest[key]
+            due = token_dtype(int(manifest["vocab_size"])).name
+            for shard in manifest["shards"]:
+                for key in SHARD_KEYS:
+                    shard[key]
+                int(shard["tokens"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a manifest ({type(error).__name__}: {error}); delete {folder} and prepare it anew"
+        ) from error
+    if version != SHARD_FORMAT_VERSION:
+        raise ValueError(f"{path}: format {version}, this code reads {SHARD_FORMAT_VERSION}; prepare it anew")
+    dtype, vocab_size = manifest["dtype"], manifest["vocab_size"]
+    if dtype != due:
+        raise ValueError(f"{path}: dtype {dtype} where {due} is due for {vocab_size} ids; prepare the folder anew")
+    return manifest
+
+
+# ---------------------------------------------------------------- writer
+
+
+class ShardWriter:
+    """Cuts a stream of ids into shards of `shard_size` ids, and describes each shard for the manifest.
+
+    Args:
+        shards: descriptions of the shards that are in the folder already.
+    """
+
+    def __init__(self, out_dir: Path, shard_size: int, tokenizer: Tokenizer, shards: list[dict]):
+        self.out_dir, self.shard_size, self.shards = out_dir, shard_size, shards
+        self.bos_id, self.dtype = tokenizer.bos_id, token_dtype(tokenizer.vocab_size)
+        # A token has at most 128 bytes, so the lengths fit 8 bits, and their table fits the processor's cache.
+        self.byte_lengths = tokenizer.token_byte_lengths().astype(np.uint8)
+        self.filled = 0  # ids in the open shard
+        self._open = ExitStack()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._open.__exit__(*exception)
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append ids, at most as many as the open shard has room for. A full shard is closed."""
+        if not self.filled:
+            name = shard_name(len(self.shards))
+            self._file = self._open.enter_context(atomic_write(self.out_dir / name))
+            self._digest = sha256()
+            self._write(self._header(self.shard_size))
+            self._shard = {"file": name, "split": "train" if self.shards else "val"}
+            self._shard |= {"tokens": 0, "documents": 0, "text_bytes": 0}
+        self._write(np.ascontiguousarray(ids).data)
+        self._shard["documents"] += int(np.count_nonzero(ids == self.bos_id))  # a shard counts the documents it begins
+        self._shard["text_bytes"] += int(self.byte_lengths.take(ids).sum(dtype=np.int64))
+        self.filled += len(ids)
+        if self.filled == self.shard_size:
+            self._end(self._digest.hexdigest())
+
+    def close(self, split_single: bool) -> None:
+        """Close the last shard, which may be short.
+
+        A corpus that fits one shard has no training data. With `split_single` its first tenth becomes the validation
+        shard, and the rest becomes a training shard.
+        """
+        if not self.filled:
+            return
+        self._file.seek(0)
+        self._file.write(self._header(self.filled))  # NumPy pads headers, so this one has the length of the first
+        self._file.flush()
+        self._end(sha256_of(self._file.name))
+        if split_single and len(self.shards) == 1:
+            ids = np.load(self.out_dir / self.shards.pop()["file"])
+            for self.shard_size in (len(ids) // 10, len(ids) - len(ids) // 10):
+                piece, ids = ids[: self.shard_size], ids[self.shard_size :]
+                self.add(piece)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    def _header(self, tokens: int) -> bytes:
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (tokens,)}
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, header)
+        return file.getvalue()
+
+    def _end(self, digest: str) -> None:
+        self._open.close()  # the file reaches the disk and takes its name
+        self.shards.append({**self._shard, "tokens": self.filled, "sha256": digest})
+        self.filled = 0
+
+
+# ---------------------------------------------------------------- reader
+
+
+class TokenStream:
+    """The shards of one split as one long sequence of ids, memory-mapped.
+
+    Args:
+        data_root: a prepared folder.
+        split: "train" or "val".
+        vocab_size: ids of the model. The folder must have the same number.
+        fingerprint: `Tokenizer.fingerprint` that the folder must have been written with. None skips that check.
+        quota: how many windows of every 1,000 come from this folder, where dataloaders.py mixes several.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is not prepared, does not fit, or is damaged. The message names the
+            file and the cure.
+    """
+
+    def __init__(
+        self, data_root: str | Path, split: str, *, vocab_size: int, fingerprint: str | None = None, quota: int = 1000
+    ):
+        self.root, self.quota = Path(data_root), quota
+        path = self.root / MANIFEST
+        try:
+            self.manifest = read_manifest(self.root)
+        except FileNotFoundError as error:
+            command = f"python load_fineweb_dataset.py --out_dir {self.root} --vocab_size {vocab_size}"
+            raise FileNotFoundError(f"{error}; `{command}` prepares it") from None
+        folder_vocab = self.manifest["vocab_size"]
+        if folder_vocab != vocab_size:
+            raise ValueError(
+                f"{path}: the data has a vocabulary of {folder_vocab}, the model one of {vocab_size}; "
+                f"pass --model.vocab_size {folder_vocab}, or prepare another folder with --vocab_size {vocab_size}"
+            )
+        if fingerprint is not None and self.manifest["tokenizer_fingerprint"] != fingerprint:
+            raise ValueError(f"{path}: written with another tokenizer than tokenizer.model; prepare the folder anew")
+        shards = [shard for shard in self.manifest["shards"] if shard["split"] == split]
+        if not shards:
+            raise ValueError(f"{path}: lists no {split} shard; prepare the folder anew, with a smaller --shard_size")
+
+        self.dtype, self.vocab_size = np.dtype(self.manifest["dtype"]), vocab_size
+        self.files = [shard["file"] for shard in shards]
+        self.ends = np.cumsum([int(shard["tokens"]) for shard in shards])  # the stream position after each shard
+        self._shards: list[np.ndarray] | None = None
+        for index, shard in enumerate(shards):
+            self._check(index, int(shard["tokens"]), CHECKED_TOKENS // len(shards))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getstate__(self) -> dict:
+        """Leave the memory maps out of a pickle, where they would be a copy of the corpus. Each process maps anew."""
+        return {**self.__dict__, "_shards": None}
+
+    @property
+    def shards(self) -> list[np.ndarray]:
+        if self._shards is None:
+            self._shards = [np.lib.format.open_memmap(self.root / file, mode="r") for file in self.files]
+        return self._shards
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids at stream positions start to stop - 1, over shard borders, as int64.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        pieces = []
+        for index in range(np.searchsorted(self.ends, start, side="right"), len(self.ends)):
+            begin = self.ends[index] - len(self.shards[index])
+            if begin >= stop:
+                break
+            piece = self.shards[index][max(start - begin, 0) : stop - begin]
+            self._check_ids(index, piece)
+            pieces.append(piece)
+        return np.concatenate(pieces, dtype=np.int64)
+
+    def _check(self, index: int, count: int, checked_tokens: int) -> None:
+        path = self.root / self.files[index]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: listed in the manifest but missing; prepare the folder anew")
+        try:
+            shard = np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{path}: damaged or cut short ({error}); prepare the folder anew") from error
+        if shard.dtype != self.dtype or shard.shape != (count,):
+            raise ValueError(
+                f"{path}: holds {shard.dtype} {shard.shape}, the manifest says {self.dtype} ({count},); "
+                "prepare the folder anew"
+            )
+        self._check_ids(index, shard[:checked_tokens])
+
+    def _check_ids(self, index: int, ids: np.ndarray) -> None:
+        if len(ids) and (largest := int(ids.max())) >= self.vocab_size:
+            raise ValueError(
+                f"{self.root / self.files[index]}: holds id {largest}, the vocabulary ends at {self.vocab_size - 1}; "
+                "prepare the folder anew"
+            )
+
+
+def id_blocks(path: Path) -> Iterator[np.ndarray]:
+    """The ids of a shard, a block at a time."""
+    ids = np.load(path, mmap_mode="r")
+    for start in range(0, len(ids), BLOCK_IDS):
+        yield np.asarray(ids[start : start + BLOCK_IDS])
+
+
+# ---------------------------------------------------------------- check
+
+
+def verify(folder: str | Path) -> str:
+    """Compare every byte and every count of a folder with its manifest. Return the totals in a sentence.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or differs. The message names the first one.
+    """
+    folder, manifest = Path(folder), read_manifest(folder)
+    tokenizer = Tokenizer(vocab_size=manifest["vocab_size"])
+    if manifest["tokenizer_fingerprint"] != tokenizer.fingerprint:
+        raise ValueError(f"{folder / MANIFEST}: written with another tokenizer than tokenizer.model; prepare it anew")
+    totals = dict.fromkeys(COUNTS, 0)
+    for index, shard in enumerate(tqdm(manifest["shards"], unit="shard")):
+        path = folder / shard_name(index)
+        try:
+            if (shard["file"], shard["split"]) != (path.name, "train" if index else "val"):
+                raise ValueError(f"the manifest has {shard['file']} of split {shard['split']} in its place")
+            if sha256_of(path) != shard["sha256"]:
+                raise ValueError("its sha256 is not the manifest's")
+            for key, count in _recount(path, tokenizer).items():
+                if count != shard[key]:
+                    raise ValueError(f"{count:,} {key} where the manifest says {shard[key]:,}")
+                totals[key] += count
+        except (ValueError, EOFError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise ValueError(f"{path}: {reason}; delete the folder and prepare it anew") from error
+    for key in ("tokens", "documents"):
+        if totals[key] != manifest[key]:
+            raise ValueError(f"{folder / MANIFEST}: {manifest[key]:,} {key} where its shards have {totals[key]:,}")
+    unlisted = {path.name for path in folder.glob("*.npy")} - {shard["file"] for shard in manifest["shards"]}
+    if unlisted:
+        raise ValueError(f"{folder / min(unlisted)}: not in the manifest; delete it")
+    return (
+        f"{folder}: whole; {len(manifest['shards'])} shards, {totals['documents']:,} documents, "
+        f"{totals['tokens']:,} tokens, {totals['text_bytes']:,} bytes of text, as the manifest says"
+    )
+
+
+def _recount(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """Tokens, documents and bytes of text of a shard. Raises ValueError for ids that the tokenizer cannot have made."""
+    dtype, byte_lengths = token_dtype(tokenizer.vocab_size), tokenizer.token_byte_lengths().astype(np.uint8)
+    counted = dict.fromkeys(COUNTS, 0)
+    if np.load(path, mmap_mode="r").dtype != dtype:
+        raise ValueError(f"its ids are not {dtype}")
+    for ids in id_blocks(path):
+        if (largest := ids.max()) >= tokenizer.vocab_size:
+            raise ValueError(f"id {largest} is outside the vocabulary of {tokenizer.vocab_size}")
+        counted["tokens"] += len(ids)
+        counted["documents"] += int(np.count_nonzero(ids == tokenizer.bos_id))
+        counted["text_bytes"] += int(byte_lengths.take(ids).sum(dtype=np.int64))
+    return counted
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nOther files import this one. `python load_fineweb_dataset.py` prepares a folder.")
