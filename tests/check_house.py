@@ -23,7 +23,7 @@ UNKNOWN = {  # what a file must not import, neither itself nor through other fil
     "hardware": {"config", "model", "model_utils"},
     "generate": {"sources", "workers", "load_fineweb_dataset"},
     "hellaswag_utils": {"sources", "workers", "load_fineweb_dataset"},
-    **dict.fromkeys(("load_fineweb_dataset", "load_hellaswag_dataset", "threads", "files", "report"), {"torch"}),
+    **{name: {"torch"} for name in ("load_fineweb_dataset", "load_hellaswag_dataset", "threads", "files", "report")},
 }
 
 
