@@ -330,16 +330,17 @@ def test_logits_in_bf16_are_near_float32():
     assert (rough.float() - logits).std() < 0.05 * logits.std()
 
 
-def test_norms_of_large_half_precision_numbers_equal_hugging_faces():
-    """The square of 300 is beyond float16, so the arithmetic must not be in it."""
-    norm = random_model(dim=64).norm.half()
-    peer = LlamaRMSNorm(64, eps=1e-5).half()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_of_large_half_precision_numbers_have_the_bits_of_hugging_faces(dtype):
+    """The square of 300 is beyond float16, so the arithmetic is not in it. The quotient is rounded, then scaled."""
+    norm = random_model(dim=64).norm.to(dtype)
+    peer = LlamaRMSNorm(64, eps=1e-5).to(dtype)
     peer.load_state_dict(norm.state_dict())
-    x = 1000 * torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(0))
+    x = 1000 * torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
-        normed = norm(x.half())
-        assert normed.dtype == torch.float16
-        torch.testing.assert_close(normed, peer(x.half()), rtol=2e-3, atol=1e-3)
+        normed = norm(x)
+        assert normed.dtype == dtype
+        assert torch.equal(normed, peer(x))
     assert normed.abs().max() > 1
 
 
@@ -606,6 +607,42 @@ def test_rope_is_metas_complex_multiplication_of_neighbouring_pairs():
     turns = torch.polar(torch.ones_like(cos), torch.atan2(sin, cos))[:, None]
     expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (8, 2))) * turns).flatten(-2)
     assert_close(apply_rope(x, cos[:, None], sin[:, None]), expected, 1e-5)
+
+
+def rotated_in_float32(x, cos, sin):
+    even, odd = x.float()[..., 0::2], x.float()[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rotated_in_float32_and_rounded_once(dtype):
+    cos, sin = (table[:, None] for table in rope_tables(ModelConfig(**TINY)))
+    x = torch.randn(3, 64, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(apply_rope(x, cos, sin), rotated_in_float32(x, cos, sin).to(dtype))
+
+
+@pytest.mark.parametrize("packed_documents", [False, True])
+def test_queries_and_keys_under_bf16_autocast_are_rotated_in_float32(monkeypatch, packed_documents):
+    model, tokens = random_model(n_layers=1, n_kv_heads=4), packed()
+    positions = document_positions(tokens, BOS) if packed_documents else None
+    places = positions if packed_documents else torch.arange(40).expand(3, 40)
+    cos, sin = (table[places][:, :, None] for table in rope_tables(model.config))
+    projected, rotated = [], []
+    attention = F.scaled_dot_product_attention
+
+    def note(q, k, v, **settings):
+        rotated.extend(t.transpose(1, 2) for t in (q, k))
+        return attention(q, k, v, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    for layer in (model.layers[0].attention.wq, model.layers[0].attention.wk):
+        layer.register_forward_hook(lambda layer, args, output: projected.append(output.unflatten(-1, (4, 8))))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(tokens, positions=positions)
+    assert len(projected) == len(rotated) == 2
+    for before, after in zip(projected, rotated, strict=True):
+        assert before.dtype == after.dtype == torch.bfloat16
+        assert torch.equal(after, rotated_in_float32(before, cos, sin).bfloat16())
 
 
 def test_attention_sees_distances_not_places():

@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,15 @@ def test_processes_share_the_cores_that_they_may_use(monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args: None)
     assert start_process(torch.device("cpu")).world_size == 2
     assert threads == [3]
+
+
+def test_process_on_a_cpu_keeps_freed_memory(monkeypatch):
+    """A stand-in for the C library notes the two switches: M_MMAP_MAX and M_TRIM_THRESHOLD."""
+    switches = {}
+    library = SimpleNamespace(mallopt=switches.__setitem__)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    start_process(torch.device("cpu"))
+    assert switches == {-4: 0, -1: -1}
 
 
 def test_only_the_main_process_prints(capsys):
