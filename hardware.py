@@ -125,7 +125,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             if re.search(rf"\b{card}\b", name):  # whole words: an "RTX A1000" is not an A100
                 return flops
     n = 1024 if device.type == "cpu" else 4096
-    a = torch.randn(n, n, device=device).to(dtype)
+    # A generator of its own leaves a resumed run the random state that its checkpoint has.
+    a = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     seconds = []
     while len(seconds) < 10 and sum(seconds) < 0.5:  # an emulated bf16 product takes seconds
         began = time.perf_counter()

@@ -1,7 +1,5 @@
-import io
 import json
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
@@ -9,9 +7,7 @@ import torch
 
 import shards
 from dataloaders import BatchLayout, TrainWindows, folder_quotas, open_streams, shuffled, validation_batches
-from load_fineweb_dataset import prepare
 from shards import TokenStream
-from tokenizer import Tokenizer
 
 VOCAB = 4096  # uint16
 FINGERPRINT = "a tokenizer's"
@@ -48,45 +44,6 @@ def stream(folder):
 
 
 # ---------------------------------------------------------------- the stream
-
-
-def test_reads_what_load_fineweb_dataset_writes(tmp_path):
-    texts = ["First.", "Zürich, 東京 🦙", "third " * 40]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", vocab_size=600, shard_size=50, show_progress=False)
-    tokenizer = Tokenizer(vocab_size=600)
-    ids = [
-        i
-        for split in ("val", "train")
-        for s in [open_stream(tmp_path / "out", split, 600, tokenizer.fingerprint)]
-        for i in s.read(0, len(s))
-    ]
-    assert ids == [i for text in texts for i in tokenizer.encode(text, bos=True, eos=True)]
-
-
-def test_read_equals_a_slice_of_the_concatenated_shards(tmp_path):
-    lengths = (3, 1, 7, 1, 1, 5)
-    root = write_folder(tmp_path, train=lengths)
-    stream = open_stream(root)
-    whole = np.concatenate([np.load(root / f"edufineweb_train_{i:06d}.npy") for i in range(1, 7)])
-    assert len(stream) == len(whole) == sum(lengths)
-    for start in range(len(whole)):
-        for stop in range(start + 1, len(whole) + 1):
-            piece = stream.read(start, stop)
-            assert piece.dtype == np.int64
-            assert piece.tolist() == whole[start:stop].tolist()
-
-
-def test_the_splits_are_apart(folder):
-    assert open_stream(folder, "val").read(0, 61).tolist() == list(range(61))
-    assert len(open_stream(folder, "val")) == 61
-    assert len(open_stream(folder, "train")) == 257
-
-
-def test_ids_beyond_16_bits_are_read_whole(tmp_path):
-    root = write_folder(tmp_path, train=(3,), vocab_size=128_256, dtype="uint32")
-    np.save(root / "edufineweb_train_000001.npy", np.array([65_535, 65_536, 128_255], dtype=np.uint32))
-    assert open_stream(root, vocab_size=128_256).read(0, 3).tolist() == [65_535, 65_536, 128_255]
 
 
 # ---------------------------------------------------------------- the order
@@ -424,156 +381,10 @@ def change_manifest(root, **fields):
     (root / "manifest.json").write_text(json.dumps({**manifest, **fields}))
 
 
-def test_a_folder_without_manifest_is_refused_with_the_command_that_prepares_it(folder):
-    (folder / "manifest.json").unlink()
-    with pytest.raises(FileNotFoundError) as error:
-        open_stream(folder)
-    assert str(folder / "manifest.json") in str(error.value)
-    assert f"`python load_fineweb_dataset.py --out_dir {folder} --vocab_size {VOCAB}`" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"\xff\x00", b"null", b"[]", b"{}", b'{"format_version": 1, "shards": 3}', b"<html>sorry</html>"],
-)
-def test_a_garbage_manifest_is_refused(folder, content):
-    (folder / "manifest.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"not a manifest.*prepare it anew") as error:
-        open_stream(folder)
-    assert str(error.value).startswith(str(folder / "manifest.json"))
-
-
-@pytest.mark.parametrize("shard", [{}, {"split": "train"}, {"split": "train", "file": "x.npy", "tokens": None}])
-def test_a_manifest_with_a_garbage_shard_is_refused(folder, shard):
-    change_manifest(folder, shards=[shard])
-    with pytest.raises(ValueError, match=r"not a manifest.*prepare it anew"):
-        open_stream(folder)
-
-
-def test_another_format_version_is_refused(folder):
-    change_manifest(folder, format_version=2)
-    with pytest.raises(ValueError, match=r"manifest\.json: format 2, this code reads 1; prepare it anew"):
-        open_stream(folder)
-
-
-def test_another_vocabulary_is_refused_with_both_cures(folder):
-    with pytest.raises(ValueError) as error:
-        open_stream(folder, vocab_size=512)
-    assert str(folder / "manifest.json") in str(error.value)
-    assert f"--model.vocab_size {VOCAB}" in str(error.value)
-    assert "--vocab_size 512" in str(error.value)
-
-
-def test_another_tokenizer_is_refused(folder):
-    with pytest.raises(ValueError, match=r"manifest\.json: written with another tokenizer .*prepare the folder anew"):
-        open_stream(folder, fingerprint="another's")
-    assert len(open_stream(folder, fingerprint=None)) == 257  # None: the caller has no tokenizer to compare
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "uint32", "int16", "float32", "no dtype", None])
-def test_another_dtype_than_the_vocabularys_is_refused(folder, dtype):
-    change_manifest(folder, dtype=dtype)
-    with pytest.raises(ValueError, match=rf"manifest\.json: dtype {dtype} .*uint16.*prepare the folder anew"):
-        open_stream(folder)
-
-
-def test_a_folder_without_the_split_is_refused(tmp_path):
-    root = write_folder(tmp_path, train=())
-    assert len(open_stream(root, "val")) == 61
-    with pytest.raises(ValueError, match=r"manifest\.json: lists no train shard.*smaller --shard_size"):
-        open_stream(root, "train")
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def truncate_header(path):
-    path.write_bytes(path.read_bytes()[:20])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def garbage(path):
-    path.write_bytes(b"<html>404 Not Found</html>" * 20)
-
-
-def zipped(path):  # what np.savez would have left under this name
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("tokens", path.read_bytes())
-    path.write_bytes(buffer.getvalue())
-
-
-def another_dtype(path):
-    np.save(path, np.load(path).astype(np.uint32))
-
-
-def signed(path):
-    np.save(path, np.load(path).astype(np.int16))
-
-
-def shorter(path):
-    np.save(path, np.load(path)[:-1])
-
-
-def longer(path):
-    np.save(path, np.append(np.load(path), np.uint16(1)))
-
-
-def two_dimensional(path):
-    np.save(path, np.load(path)[None])
-
-
-def objects(path):  # a pickle: to load it would be to run it
-    np.save(path, np.array([{}] * 100, dtype=object), allow_pickle=True)
-
-
-DAMAGES = [truncate, truncate_header, empty, garbage, zipped, another_dtype, signed, shorter, longer]
-DAMAGES += [two_dimensional, objects]
-
-
-# The last shard too: a check that opens all of them at once must not blame the first.
-@pytest.mark.parametrize("index", [1, 3])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_or_replaced_shard_is_refused_by_its_name(folder, damage, index):
-    path = folder / f"edufineweb_train_{index:06d}.npy"
-    damage(path)
-    with pytest.raises(ValueError, match="prepare the folder anew") as error:
-        open_stream(folder)
-    assert str(error.value).startswith(str(path))
-
-
-@pytest.mark.parametrize("index", [1, 3])
-def test_a_missing_shard_is_refused_by_its_name(folder, index):
-    path = folder / f"edufineweb_train_{index:06d}.npy"
-    path.unlink()
-    with pytest.raises((FileNotFoundError, ValueError), match="prepare the folder anew") as error:
-        open_stream(folder)
-    assert str(error.value).startswith(f"{path}: listed in the manifest but missing")
-
-
 def overwrite(path, position, value):
     ids = np.load(path)
     ids[position] = value
     np.save(path, ids)
-
-
-@pytest.mark.parametrize("index", [1, 3])
-@pytest.mark.parametrize("value", [VOCAB, 2**16 - 1])
-def test_an_id_beyond_the_vocabulary_is_refused_at_the_start(folder, index, value):
-    path = folder / f"edufineweb_train_{index:06d}.npy"
-    overwrite(path, -1, value)
-    with pytest.raises(ValueError, match=f"holds id {value}, the vocabulary ends at 4095; prepare") as error:
-        open_stream(folder)
-    assert str(error.value).startswith(str(path))
-
-
-def test_the_largest_id_of_the_vocabulary_is_accepted(folder):
-    overwrite(folder / "edufineweb_train_000001.npy", 0, VOCAB - 1)
-    assert open_stream(folder).read(0, 1).tolist() == [VOCAB - 1]
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_at_reading_where_the_start_did_not_look(folder, monkeypatch):

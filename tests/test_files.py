@@ -6,11 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from files import atomic_write, sha256_of
-from shards import is_prepared, shard_name, token_dtype
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -97,36 +95,6 @@ def test_content_and_name_reach_the_disk_in_that_order(old, monkeypatch):
         file.write(b"new")
     inode = old.stat().st_ino
     assert events == [("fsync", inode), ("replace", inode), ("fsync", old.parent.stat().st_ino)]
-
-
-@pytest.mark.parametrize(
-    ("index", "name"),
-    [
-        (0, "edufineweb_val_000000.npy"),
-        (1, "edufineweb_train_000001.npy"),
-        (123_456, "edufineweb_train_123456.npy"),
-    ],
-)
-def test_shard_names(index, name):
-    assert shard_name(index) == name
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "name"),
-    [(256, "uint8"), (257, "uint16"), (512, "uint16"), (65_536, "uint16"), (65_537, "uint32"), (128_256, "uint32")],
-)
-def test_the_token_dtype_holds_the_largest_id_and_is_the_narrowest_that_does(vocab_size, name):
-    dtype = token_dtype(vocab_size)
-    assert dtype.name == name
-    assert np.array([vocab_size - 1]).astype(dtype)[0] == vocab_size - 1
-
-
-def test_a_folder_is_prepared_once_its_manifest_is_there(tmp_path):
-    (tmp_path / shard_name(0)).touch()
-    assert not is_prepared(tmp_path)
-    assert not is_prepared(tmp_path / "missing")
-    (tmp_path / "manifest.json").touch()
-    assert is_prepared(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 1, 3_000_000])  # the file is read in blocks of 2^20 bytes

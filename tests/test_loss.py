@@ -1,0 +1,170 @@
+"""loss.py: the loss in slices against the plain one, against torch's cross-entropy, and in bfloat16."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import assert_close, one_thread, random_model, random_tokens  # noqa: F401 (one_thread acts by being here)
+
+import loss as loss_module
+from loss import IGNORED, OutputLoss, plain_loss, token_losses
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (3, 7), (5, 33)])
+def test_loss_is_the_mean_cross_entropy_of_the_logits(shape):
+    model = random_model()
+    tokens, targets = random_tokens(*shape), random_tokens(*shape, seed=2)
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    assert_close(model(tokens, targets), expected, 1e-5)
+
+
+def test_loss_counts_only_targets_that_are_ids():
+    model = random_model()
+    tokens, targets = random_tokens(2, 20), random_tokens(2, 20, seed=2)
+    targets[0, 3:] = -100
+    log_probabilities = model(tokens).log_softmax(-1)
+    counted = [(b, t) for b in range(2) for t in range(20) if targets[b, t] != -100]
+    expected = -sum(log_probabilities[b, t, targets[b, t]] for b, t in counted) / len(counted)
+    assert_close(model(tokens, targets), expected, 1e-5)
+
+
+def test_gradients_of_a_scaled_loss_are_scaled():
+    """Accumulation divides the loss; a loss that works out its gradients by itself must pass that on."""
+    model = random_model()
+    tokens, targets = random_tokens(2, 20), random_tokens(2, 20, seed=2)
+    whole = torch.autograd.grad(model(tokens, targets), list(model.parameters()))
+    quarter = torch.autograd.grad(model(tokens, targets) / 4, list(model.parameters()))
+    for a, b in zip(whole, quarter, strict=True):
+        torch.testing.assert_close(a / 4, b, rtol=1e-5, atol=1e-8)
+
+
+def test_gradients_accumulate_over_backward_passes():
+    model = random_model()
+    tokens, targets = random_tokens(4, 20), random_tokens(4, 20, seed=2)
+    model(tokens, targets).backward()
+    whole = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for rows in (slice(0, 2), slice(2, 4)):
+        (model(tokens[rows], targets[rows]) / 2).backward()
+    for gradient, parameter in zip(whole, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_loss_without_gradients_is_the_same(mode):
+    model = random_model()
+    tokens, targets = random_tokens(2, 20), random_tokens(2, 20, seed=2)
+    with mode():
+        loss = model(tokens, targets)
+    assert not loss.requires_grad
+    assert_close(loss, model(tokens, targets).detach(), 1e-6)
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("size", [1, 7, 32, 63, 64, 65])
+def test_a_loss_in_slices_has_the_value_and_the_gradients_of_the_whole(monkeypatch, size, tie_embeddings):
+    """64 tokens, of which some do not count; the last slice may be short, and one slice counts nothing."""
+    monkeypatch.setattr(loss_module, "SLICE", size)
+    model = random_model(tie_embeddings=tie_embeddings)
+    tokens, targets = random_tokens(2, 32), random_tokens(2, 32, seed=2)
+    targets[0, :9] = targets[1, 20] = -100
+    parameters = list(model.parameters())
+    whole = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    expected = torch.autograd.grad(3 * whole, parameters)
+    sliced = model(tokens, targets)
+    torch.testing.assert_close(sliced, whole)
+    for (name, _), a, b in zip(
+        model.named_parameters(), torch.autograd.grad(3 * sliced, parameters), expected, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, targets), whole)
+
+
+def test_slices_under_bf16_autocast_add_up_in_float32(monkeypatch):
+    """512 of them: a sum in bfloat16 loses what is smaller than a 256th of it."""
+    monkeypatch.setattr(loss_module, "SLICE", 1)
+    model = random_model()
+    weight = model.output.weight
+    x, targets = torch.randn(16, 32, model.config.dim), random_tokens(16, 32, seed=2)
+    [exact] = torch.autograd.grad(F.cross_entropy(model.output(x).flatten(0, 1), targets.flatten()), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(x, model.output.weight, targets)
+    [rough] = torch.autograd.grad(loss, weight)
+    assert (rough - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_target_that_is_nearly_certain_keeps_its_gradient_in_bf16():
+    """With p rounded to bfloat16 before 1 is taken away, 0 or a multiple would be left; and with 12 shares, which
+    bfloat16 does not hold exactly, each target would be pushed."""
+    model = random_model()
+    targets = random_tokens(1, 12)
+    with torch.no_grad():
+        model.output.weight.copy_(model.output.weight.bfloat16())
+        x = (6 * F.normalize(model.output.weight[targets]) + 0.5).bfloat16().float().requires_grad_()
+    logits = model.output(x)
+    assert logits.softmax(-1).amax() > 0.99
+    [exact] = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(x, model.output.weight, targets)
+    [rough] = torch.autograd.grad(loss, x)
+    assert ((rough - exact).norm(dim=-1) < 0.05 * exact.norm(dim=-1)).all()
+
+
+def test_a_loss_goes_backward_only_once_and_says_so():
+    model = random_model()
+    tokens = random_tokens(1, 8)
+    loss = model(tokens, tokens)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        loss.backward()
+
+
+def test_targets_that_all_do_not_count_have_no_mean():
+    """As with torch's own cross-entropy."""
+    model = random_model()
+    assert model(random_tokens(1, 8), torch.full((1, 8), -100)).isnan()
+
+
+def test_loss_and_gradients_under_bf16_autocast_are_near_float32():
+    model = random_model()
+    tokens, targets = random_tokens(4, 32), random_tokens(4, 32, seed=2)
+    loss = model(tokens, targets)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(tokens, targets)
+    rough_gradients = torch.autograd.grad(rough, list(model.parameters()))
+    assert rough.dtype == torch.float32
+    assert abs(rough - loss) < 0.02 * loss
+    for (name, _), a, b in zip(model.named_parameters(), gradients, rough_gradients, strict=True):
+        assert b.dtype == torch.float32
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98, name
+
+
+# ---------------------------------------------------------------- the plain loss, and what it refuses
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_the_slices_compute_what_the_plain_loss_computes(monkeypatch, size):
+    monkeypatch.setattr(loss_module, "SLICE", size)
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 16, 24, requires_grad=True), torch.randn(50, 24, requires_grad=True)
+    targets = torch.randint(50, (2, 16))
+    targets[0, 3:9] = IGNORED
+    plain = plain_loss(x.flatten(0, 1), weight, targets.flatten())
+    sliced = OutputLoss()(x, weight, targets)
+    torch.testing.assert_close(sliced, plain)
+    for a, b in zip(torch.autograd.grad(sliced, (x, weight)), torch.autograd.grad(plain, (x, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    losses = token_losses(x.flatten(0, 1), weight, targets.flatten())
+    torch.testing.assert_close(losses.sum() / (targets != IGNORED).sum(), plain)
+    assert (losses[3:9] == 0).all()
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("target", [-1, -99, -101, 101, 10**6])
+def test_a_target_that_is_no_id_is_refused_with_gradients_and_without(target, with_gradients):
+    """Only -100 is left out. Another negative target counted as id 0 once, where gradients were on."""
+    model, targets = random_model(), random_tokens(2, 8, seed=2)
+    targets[1, 3] = target
+    with torch.set_grad_enabled(with_gradients), pytest.raises(IndexError, match=rf"0 to 100, or -100.*found {target}"):
+        model(random_tokens(2, 8), targets)
