@@ -16,14 +16,15 @@ from model import KVCache, Transformer
 from model_utils import load_model
 from tokenizer import Tokenizer
 
-CANDIDATES = 1024  # likeliest ids among which a nucleus is looked for; a trained model's has tens or hundreds
+CANDIDATES = 1024  # a nucleus is looked for among so many ids; a trained model's has tens or hundreds
 
 
 def nucleus(probabilities: Tensor, top_p: float, candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:
     """Each row's smallest set of ids whose probabilities reach `top_p` (Holtzman et al., arXiv 1904.09751).
 
-    Of ids equally likely the lower come first. From probabilities (B, V): ids (B, C), the likeliest first, and their
-    probabilities (B, C), 0 for those outside the set. C is `candidates`, or V where that is not enough for some row.
+    Takes probabilities (B, V). Returns ids (B, C), the likeliest first, and their probabilities (B, C), which are 0 for
+    ids outside the set. Of equally likely ids the lower comes first. C is `candidates`, or V if that is too few for a
+    row.
     """
     vocab_size = probabilities.shape[-1]
     if candidates < vocab_size:  # sorting 128,256 ids takes as long as a small model does
@@ -31,16 +32,16 @@ def nucleus(probabilities: Tensor, top_p: float, candidates: int = CANDIDATES) -
     else:
         ids = torch.arange(vocab_size, device=probabilities.device).expand_as(probabilities)
     ranked, order = probabilities.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    before = ranked.cumsum(-1) - ranked  # probability of all likelier ids; 0 for the first, which thus always stays
+    before = ranked.cumsum(-1) - ranked  # probability of all likelier ids; 0 for the first id, so it always stays
     kept = before < top_p
-    # Ids as likely as the last candidate may have been left out, and all that are less likely were.
+    # If the last candidate is kept, ids that are as likely or less likely are missing from the candidates.
     if candidates < vocab_size and (kept & (ranked == ranked[:, -1:])).any():
         return nucleus(probabilities, top_p, vocab_size)
     return ids.gather(-1, order), ranked.where(kept, 0)
 
 
 def sample_next(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Next ids (B,) from logits (B, V): the likeliest at temperature 0, else drawn from the nucleus of `top_p`."""
+    """Next ids (B,) from logits (B, V): the likeliest ids at temperature 0, else ids drawn from the nucleus."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
@@ -61,10 +62,10 @@ def generate(
     stop_tokens: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Continue prompts of any lengths in one batch; return each one's new ids, without the stop token that ended it.
+    """Continue prompts of any lengths in one batch. Return the new ids of each, without the stop token that ended it.
 
     A row ends at a stop token, after `max_new_tokens`, or where its prompt and new ids fill `max_seq_len`. The cache
-    has the weights' type, so a model cast to bf16 is read and remembered in bf16.
+    has the dtype of the weights.
 
     Raises:
         ValueError: a prompt is empty or fills the context.
@@ -86,7 +87,7 @@ def generate(
     new = [sample_next(model.output(hidden), temperature, top_p, generator)]
     ended = torch.isin(new[0], stop) | (lengths == longest - 1)
     while len(new) < max_new_tokens and not ended.all():
-        # A row that has ended goes on to the others' end, within the cache; what it adds is cut off below.
+        # A row that has ended goes on until all have ended, within the cache. Its further ids are cut off below.
         hidden = model.hidden(new[-1][:, None], cache=cache, start=lengths.clamp(max=cache_len - 1))
         lengths = lengths + 1
         new.append(sample_next(model.output(hidden[:, 0]), temperature, top_p, generator))
@@ -108,7 +109,7 @@ def complete(
     top_p: float,
     seed: int,
 ) -> list[str]:
-    """Each prompt with its continuation, as text; the same seed, the same texts."""
+    """Each prompt with its continuation, as text. The same seed gives the same texts."""
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     continuations = generate(
         model,

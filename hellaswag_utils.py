@@ -3,19 +3,19 @@
     python hellaswag_utils.py --checkpoint runs/mine --data data/hellaswag/hellaswag_val.jsonl
     python hellaswag_utils.py --checkpoint runs/mine --data data/hellaswag/hellaswag_val.jsonl --style lm-eval
 
-A language model answers by the ending that it finds likeliest after the context. `acc` takes the highest sum of the
-ending's log-probabilities; `acc_norm` the highest sum divided by the ending's length, so that short endings have no
-advantage. There are two styles:
+A language model answers with the ending that it finds likeliest after the context. `acc` takes the highest sum of the
+log-probabilities of an ending's tokens. `acc_norm` divides the sum by the ending's length first, so that short endings
+have no advantage. There are two styles:
 
-- `gpt2`, as reproductions of GPT-2 report it (build-nanogpt, llm.c): the row's `ctx` as it stands; length in tokens.
-- `lm-eval`, as EleutherAI's lm-evaluation-harness 0.4 reports it: the activity's label before the context, WikiHow's
-  brackets taken out; length in characters of the ending, without the space before it. (What the harness calls
-  `acc_norm` counts characters; bytes, which differ where an ending is not ASCII, are its `acc_bytes`, and its hellaswag
-  task does not report that.) Two things differ on purpose. What looks like a control token in a row stays text here,
-  where Hugging Face's tokenizers would parse it; and an ending longer than the model's context is scored by its last
-  tokens, where the harness stops.
+- `gpt2`, as reproductions of GPT-2 report it (build-nanogpt, llm.c). The context is the row's `ctx` as it stands. An
+  ending's length is its tokens.
+- `lm-eval`, as EleutherAI's lm-evaluation-harness 0.4 reports it. The activity's label comes before the context, and
+  WikiHow's brackets are taken out. An ending's length is its characters, without the space before it. (The harness
+  calls a length in bytes `acc_bytes`. Its hellaswag task does not report that.) Two things differ on purpose.
+  Text that looks like a control token stays text here; Hugging Face's tokenizers would parse it. An ending that is
+  longer than the model's context is scored by its last tokens here; the harness stops.
 
-In both, the begin-of-text id comes first, as in every training document and as Llama 3's published tokenizer has it.
+In both styles the begin-of-text id comes first, as in every training document and in Llama 3's published tokenizer.
 
 Shape letters: B rows of one batch, T tokens of the longest, N tokens to score, D model width, V vocabulary.
 """
@@ -40,7 +40,7 @@ from model import Transformer
 from model_utils import autocast, load_model
 from tokenizer import Tokenizer
 
-STYLES = {"gpt2": ("ctx",), "lm-eval": ("activity_label", "ctx_a", "ctx_b")}  # and the texts that each one reads
+STYLES = {"gpt2": ("ctx",), "lm-eval": ("activity_label", "ctx_a", "ctx_b")}  # the fields that each style reads
 BATCH_TOKENS = 4096
 
 
@@ -49,26 +49,26 @@ class Example:
     context: list[int]  # ids, the begin-of-text id first
     endings: list[list[int]]
     label: int  # the true ending's place
-    lengths: list[int] | None = None  # what acc_norm divides by, an ending each; None: its scored tokens
+    lengths: list[int] | None = None  # of each ending, for acc_norm to divide by; None: its scored tokens
 
 
 # ---------------------------------------------------------------- rows and their ids
 
 
 def iterate_rows(path: str | Path, style: str = "gpt2") -> Iterator[dict]:
-    """Rows of a jsonl file in HellaSwag's format that hold what `style` reads.
+    """Rows of a jsonl file in HellaSwag's format, with the fields that `style` reads.
 
     Raises:
-        ValueError: a line is no row; the message names file and line.
+        ValueError: a line is not such a row. The message names file and line.
     """
-    with open(path, "rb") as file:  # json decodes, and answers bytes that are no UTF-8 as it does all else
+    with open(path, "rb") as file:  # json decodes the bytes, and raises a ValueError if they are not UTF-8
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
                 valid = all(isinstance(row[name], str) for name in STYLES[style]) and isinstance(row["endings"], list)
                 valid = valid and all(isinstance(ending, str) for ending in row["endings"])
                 valid = valid and int(row["label"]) in range(len(row["endings"]))
-            except (ValueError, KeyError, TypeError, OverflowError):  # the last: a label of Infinity
+            except (ValueError, KeyError, TypeError, OverflowError):  # OverflowError: a label of Infinity
                 valid = False
             if not valid:
                 needed = ", ".join((*STYLES[style], "endings", "label"))
@@ -77,14 +77,14 @@ def iterate_rows(path: str | Path, style: str = "gpt2") -> Iterator[dict]:
 
 
 def render(row: dict, tokenizer: Tokenizer, style: str = "gpt2") -> Example:
-    """Ids of a row; a space joins context and ending, and belongs to the ending's first token."""
+    """Ids of a row. A space joins context and ending. It belongs to the ending's first token."""
     label = int(row["label"])
     if style == "gpt2":
         endings = [tokenizer.encode(" " + ending) for ending in row["endings"]]
         return Example(tokenizer.encode(row["ctx"], bos=True), endings, label)
     text = _without_brackets(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    # White space at the context's end goes to the ending; and the two are encoded in one, of which the ending is what
-    # follows as many tokens as the context has alone.
+    # White space at the end of the context belongs to the ending. Context and ending are encoded together. The context
+    # alone has a number of tokens; the ending is what follows that many.
     context = tokenizer.encode(text.rstrip(), bos=True)
     endings = [_without_brackets(ending) for ending in row["endings"]]
     ids = [tokenizer.encode(f"{text} {ending}", bos=True)[len(context) :] for ending in endings]
@@ -92,7 +92,7 @@ def render(row: dict, tokenizer: Tokenizer, style: str = "gpt2") -> Example:
 
 
 def _without_brackets(text: str) -> str:
-    """WikiHow's marks, [header] and the like, taken out just as lm-evaluation-harness does it, spaces included."""
+    """Take out WikiHow's marks, such as [header], exactly as lm-evaluation-harness does, spaces included."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -102,7 +102,7 @@ def load_examples(
     """The first `limit` rows of a file (None: all), rendered.
 
     Raises:
-        ValueError: there are none, or a line is no row.
+        ValueError: the file has no rows, or a line is not a row.
     """
     examples = [render(row, tokenizer, style) for row in islice(iterate_rows(path, style), limit)]
     if not examples:
@@ -111,7 +111,7 @@ def load_examples(
 
 
 def benchmark_name(path: str | Path) -> str:
-    """What to call results on this file: HellaSwag is only HellaSwag's own."""
+    """What to call results on this file. Only HellaSwag's own file is called HellaSwag."""
     stem = Path(path).stem
     return "HellaSwag" if stem.lower().startswith("hellaswag") else stem.replace("_", " ")
 
@@ -121,29 +121,31 @@ def benchmark_name(path: str | Path) -> str:
 
 @dataclass
 class PackedRow:
-    """A context, and endings after it that do not see each other: the context is computed once for all."""
+    """A context, and endings after it that do not see each other. So the context is computed once for all."""
 
     context: list[int]
     endings: list[list[int]] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)  # of each ending: which example's, which of its endings
+    places: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # of each ending: the number of its example, and its number there
 
     def __len__(self) -> int:
-        """Tokens that the model reads: an ending's last one is predicted only."""
+        """Tokens that the model reads. The last token of an ending is predicted, but not read."""
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
 def pack(examples: Sequence[Example], max_len: int) -> list[PackedRow]:
-    """A row for each example, or several where they would exceed `max_len` tokens.
+    """A row for each example, or several rows if one would exceed `max_len` tokens.
 
-    A context with an ending that is too long by itself loses its beginning, and then the ending does. Endings without
-    a token that something predicts have no place.
+    If a context with a single ending is too long, the context loses its beginning. If the ending alone is too long, it
+    loses its beginning too. An ending of which no token is predicted is in no row.
     """
     rows = []
     for i, example in enumerate(examples):
         row = None
         for j, ending in enumerate(example.endings):
             ids = (example.context + ending)[-max_len - 1 :]
-            start = max(len(ids) - len(ending), 1)  # the first token of all is predicted by nothing
+            start = max(len(ids) - len(ending), 1)  # nothing predicts the very first token
             context, ending = ids[:start], ids[start:]
             if not ending:
                 continue
@@ -156,11 +158,11 @@ def pack(examples: Sequence[Example], max_len: int) -> list[PackedRow]:
 
 
 def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tensor]:
-    """Log-probability of each token of each ending, float32 on the CPU: a tensor for each ending, row after row."""
+    """Log-probabilities of the tokens of each ending, row after row: a float32 tensor on the CPU for each ending."""
     B, T, device = len(rows), max(map(len, rows)), model.output.weight.device
-    # Padding follows, where no token looks.
+    # Padding follows the tokens, and no token sees what follows it.
     tokens, positions, segments = torch.zeros(3, B, T, dtype=torch.int64)  # segment 0: the context; 1, 2, ...: endings
-    predictors, targets = [], []  # places in the B x T tokens, and what follows there
+    predictors, targets = [], []  # positions in the B x T tokens, and the ids that follow them
     for b, row in enumerate(rows):
         start = len(row.context)
         tokens[b, :start] = torch.tensor(row.context)
@@ -176,7 +178,7 @@ def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tens
     tokens, positions, segments = tokens.to(device), positions.to(device), segments.to(device)
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     hidden = model.hidden(tokens, positions=positions, mask=seen.tril()[:, None]).flatten(0, 1)
-    # The output layer, half of the arithmetic at 128,256 ids, runs at the endings' positions alone.
+    # The output layer is half of the arithmetic at 128,256 ids. It runs only where a token of an ending is predicted.
     losses = token_losses(hidden[predictors], model.output.weight, torch.tensor(targets, device=device))  # (N,)
     return list((-losses).cpu().split([len(ending) for row in rows for ending in row.endings]))
 
@@ -185,9 +187,9 @@ def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tens
 def score(
     model: Transformer, examples: Sequence[Example], *, batch_tokens: int = BATCH_TOKENS, show_progress: bool = False
 ) -> list[list[Tensor]]:
-    """Log-probabilities of the tokens of each ending of each example; at most `batch_tokens` are computed at once."""
+    """Log-probabilities of the tokens of each ending of each example. Computes at most `batch_tokens` at once."""
     scores = [[torch.empty(0)] * len(example.endings) for example in examples]
-    # By length, so that a batch has little padding; longest first, so that memory runs out at once or never.
+    # Sorted by length, a batch has little padding. Longest first, memory runs out at the beginning or never.
     rows = sorted(pack(examples, model.config.max_seq_len), key=len, reverse=True)
     with tqdm(total=len(rows), disable=not show_progress, unit="row") as progress:
         while rows:
@@ -202,7 +204,7 @@ def score(
 
 
 def choose(example: Example, log_probs: Sequence[Tensor]) -> tuple[int, int]:
-    """The ending with the highest sum of `log_probs`, and that with the highest sum divided by its length."""
+    """The ending with the highest sum of `log_probs`, and the ending with the highest sum divided by its length."""
     sums = [ending.sum().item() for ending in log_probs]
     lengths = example.lengths or [len(ending) for ending in log_probs]
     norms = [total / length if length else -math.inf for total, length in zip(sums, lengths, strict=True)]
@@ -218,15 +220,15 @@ def count_correct(
     batch_tokens: int = BATCH_TOKENS,
     show_progress: bool = False,
 ) -> list[float]:
-    """[right by acc, right by acc_norm, examples] over this process's share, every `world_size`-th example.
+    """[right by acc, right by acc_norm, examples] of this process's share, which is every `world_size`-th example.
 
-    The sum over all processes, divided by its last element, is the result.
+    Sum them over all processes. The first two divided by the last are the accuracies.
     """
-    mine = examples[rank::world_size]
-    scores = score(model, mine, batch_tokens=batch_tokens, show_progress=show_progress)
-    chosen = [choose(example, log_probs) for example, log_probs in zip(mine, scores, strict=True)]
-    right = [sum(by[k] == example.label for by, example in zip(chosen, mine, strict=True)) for k in (0, 1)]
-    return [*map(float, right), float(len(mine))]
+    share = examples[rank::world_size]
+    scores = score(model, share, batch_tokens=batch_tokens, show_progress=show_progress)
+    chosen = [choose(example, log_probs) for example, log_probs in zip(share, scores, strict=True)]
+    right = [sum(by[k] == example.label for by, example in zip(chosen, share, strict=True)) for k in (0, 1)]
+    return [*map(float, right), float(len(share))]
 
 
 def as_metrics(counts: list[float]) -> dict:

@@ -8,10 +8,10 @@
     python load_fineweb_dataset.py --verify                          check a prepared folder, to the last id
     python load_fineweb_dataset.py --stats                           what a prepared folder holds
 
-Every document becomes <|begin_of_text|> text <|end_of_text|>; all of them, in order, form one stream of ids, cut
-into shards of equal size. Shard 0 is for validation. The bytes depend on the source, the vocabulary and the shard
-size alone, not on the number of processes, nor on how often the work was killed and started again: the same command
-goes on after the last whole shard. `manifest.json`, written last, describes the folder and makes it complete.
+Every document becomes <|begin_of_text|> text <|end_of_text|>. All documents, in order, form one stream of ids, which is
+cut into shards of equal size. Shard 0 is for validation. The bytes depend on the source, the vocabulary and the shard
+size alone, not on the number of processes or on kills: after a kill, the same command goes on after the last whole
+shard. `manifest.json` is written last. It describes the folder and makes it complete.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from workers import LEFT_OUT, tokenized
 
 SAMPLE_ROOT = "data/sample"
 SAMPLE_VOCAB_SIZE = 4096
-SAMPLE_SHARD_SIZE = 2**17  # so that the validation shard is 4% of a corpus of about 3 million tokens
+SAMPLE_SHARD_SIZE = 2**17  # the validation shard is then 4% of a corpus of about 3 million tokens
 
 PROGRESS = "progress.json"  # says what is whole and where to go on, until the manifest takes its place
 
@@ -65,20 +65,20 @@ def prepare(
     stream: bool = False,
     show_progress: bool = True,
 ) -> dict:
-    """Write the shards and the manifest of `source` into `out_dir`, after those that are there; return the manifest.
+    """Write the shards and the manifest of `source` into `out_dir`, after those that are there. Return the manifest.
 
     Args:
         source: ["fineweb-edu"], ["sample"], or paths of .jsonl, .jsonl.gz, .parquet and .txt files.
-        shard_size: tokens in every shard but the last. None: 100 million (the sample: 2^17), and a corpus
-            smaller than that is split a tenth to nine tenths.
+        shard_size: tokens in every shard but the last. None: 100 million (the sample: 2^17). A corpus that is
+            smaller than that is then split: one tenth for validation, nine tenths for training.
         max_tokens: stop after the document that reaches this many tokens.
-        num_proc: worker processes; 1 works in this one.
+        num_proc: worker processes. With 1 this process does the work.
         stream: read the hub's files over the network, without a copy on the disk.
 
     Raises:
         SourceError: the source cannot be read, a worker died, or `out_dir` holds other data or another run's work.
             Whole shards stay, and the same call goes on after them.
-        OSError: the disk is full, or will not hold what this needs.
+        OSError: the disk is full, or has too little room for the result.
     """
     tokenizer, out_dir, opened = Tokenizer(vocab_size=vocab_size), Path(out_dir), open_source(source, stream=stream)
     recipe = {
@@ -95,7 +95,7 @@ def prepare(
         return _read_json(out_dir / MANIFEST, recipe)
     try:
         with lock_folder(out_dir):
-            if is_prepared(out_dir):  # by the run that held the lock
+            if is_prepared(out_dir):  # the run that held the lock before has done it
                 return _read_json(out_dir / MANIFEST, recipe)
             manifest = _write_shards(opened, out_dir, tokenizer, recipe, num_proc, show_progress)
             with atomic_write(out_dir / MANIFEST, "w") as file:

@@ -3,8 +3,8 @@
     python load_hellaswag_dataset.py             10,042 rows into data/hellaswag/hellaswag_val.jsonl
     python load_hellaswag_dataset.py --sample    200 rows from held-out documents of the sample corpus
 
-HellaSwag (Zellers et al., arXiv 1905.07830): a context and four endings, of which one is true and three were
-written by a machine to fool machines.
+A row of HellaSwag (Zellers et al., arXiv 1905.07830) has a context and four endings. One ending is true. A machine
+wrote the other three, to fool machines.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SAMPLE_ROWS = 200
 
 RETRY_SECONDS = (1, 2, 4, 8)  # pauses between attempts that bring nothing new
 TIMEOUT_SECONDS = 30  # without a byte
-BLOCK_BYTES = 2**16  # what is less, is lost with a connection
+BLOCK_BYTES = 2**16  # written at once; a connection that breaks loses at most this much
 
 
 def verify(path: Path, *, num_rows: int = NUM_ROWS, sha256: str = SHA256) -> None:
@@ -56,12 +56,12 @@ def verify(path: Path, *, num_rows: int = NUM_ROWS, sha256: str = SHA256) -> Non
 
 
 def download(out_dir: str | Path, url: str = URL, **expected) -> Path:
-    """Fetch the validation split into `out_dir`, unless it is there and whole; return its path.
+    """Fetch the validation split into `out_dir`, unless it is there and whole. Return its path.
 
-    What came before a connection broke off, or before a kill, stays in a neighbour `.part` and is not fetched again.
+    If a connection breaks or the process is killed, what has come stays in a `.part` file and is not fetched again.
 
     Raises:
-        SourceError: it cannot be had, or what came is not it; then that is deleted.
+        SourceError: it could not be fetched, or what came is something else and was deleted.
     """
     path = Path(out_dir) / FILE_NAME
     part = path.with_name(f"{FILE_NAME}.part")
@@ -79,7 +79,7 @@ def download(out_dir: str | Path, url: str = URL, **expected) -> Path:
             with open(part, "rb") as whole, atomic_write(path) as file:
                 shutil.copyfileobj(whole, file)
         finally:
-            part.unlink()  # copied, or not worth going on with
+            part.unlink()  # it was copied, or it is not HellaSwag
     except requests.RequestException as error:
         cause = f"status {error.response.status_code}" if error.response is not None else type(error).__name__
         raise SourceError(f"{url}: could not be fetched ({cause}); check the network, run this again") from error
@@ -92,22 +92,22 @@ def download(out_dir: str | Path, url: str = URL, **expected) -> Path:
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Download into `part`, after what is there. Raises requests.RequestException when that is no use any more."""
-    # urllib3 waits as a Retry-After says; broken connections are ours, since it would begin again.
+    """Download into `part`, after what is there already. Raises requests.RequestException when retries do not help."""
+    # urllib3 waits as a Retry-After header asks. We handle broken connections: urllib3 would begin the file anew.
     busy = Retry(total=5, connect=0, read=0, other=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
-    busy.raise_on_status = False  # but hand over the last answer
+    busy.raise_on_status = False  # return the last answer instead of raising
     with requests.Session() as session:
         session.mount(url, HTTPAdapter(max_retries=busy))
         most, pauses = 0, iter(RETRY_SECONDS)
         while True:
             have = part.stat().st_size if part.is_file() else 0
-            # Compressed, the bytes that are there would not be those that the range counts.
+            # The range counts uncompressed bytes, so ask for no compression.
             headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
             try:
                 with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
                     goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
                     if have and (response.status_code == 416 or (response.status_code == 206 and not goes_on)):
-                        part.unlink()  # not a beginning of what the server has
+                        part.unlink()  # the server's file does not begin like this
                         continue
                     response.raise_for_status()
                     length = int(response.headers.get("Content-Length", 0))
@@ -125,7 +125,7 @@ def _fetch(url: str, part: Path) -> None:
                 if size > most:
                     most, pauses = size, iter(RETRY_SECONDS)
                 pause = next(pauses, None)
-                if pause is None or not size:  # where nothing has ever come, nothing is lost by asking the user
+                if pause is None or not size:  # nothing has come yet, so the user can simply start again
                     raise
                 print(f"{url}: broke off ({type(error).__name__}); going on in {pause} s", file=sys.stderr)
                 time.sleep(pause)
@@ -134,8 +134,8 @@ def _fetch(url: str, part: Path) -> None:
 def write_sample(data_root: str | Path, path: str | Path, vocab_size: int = SAMPLE_VOCAB_SIZE) -> None:
     """Write rows in HellaSwag's format from the validation shard of the prepared sample corpus into `path`.
 
-    A row's context is a stretch of source of up to 300 characters; the true ending is the 50 to 80 that follow; the
-    three others follow other contexts of the held-out documents. The same corpus, the same rows.
+    A row's context is up to 300 characters of source. Its true ending is the 50 to 80 characters that follow. The three
+    other endings follow other contexts of the held-out documents. The same corpus gives the same rows.
     """
     tokenizer = Tokenizer(vocab_size=vocab_size)
     stream = TokenStream(data_root, "val", vocab_size=vocab_size, fingerprint=tokenizer.fingerprint)
@@ -143,7 +143,7 @@ def write_sample(data_root: str | Path, path: str | Path, vocab_size: int = SAMP
     begins, ends = np.flatnonzero(ids == tokenizer.bos_id), np.flatnonzero(ids == tokenizer.eos_id)
     documents = [tokenizer.decode(ids[b + 1 : e].tolist()) for b, e in zip(begins, ends, strict=False)]
 
-    pairs = []  # (context, what follows), cut at a space between two words
+    pairs = []  # (context, ending), cut at a space between two words
     for document in documents:
         for cut in re.finditer(r"(?<=\S) (?=\S)", document):
             context = document[max(0, cut.start() - 300) : cut.start()].partition("\n")[2]

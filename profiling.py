@@ -17,10 +17,10 @@ class NullProfiler:
 
 
 class StepProfiler:
-    """Records `steps` steps after the first two, which compile and warm up, with what lies between them.
+    """Records `steps` steps, and what happens between them. The first two are left out: they compile and warm up.
 
-    Then it prints the ten costliest operations and leaves `trace.json`, for ui.perfetto.dev or chrome://tracing, in
-    `folder`; on CUDA also `memory.pickle`, every allocation meanwhile, for pytorch.org/memory_viz.
+    At the end it prints the ten costliest operations. It leaves `trace.json` in `folder`, for ui.perfetto.dev or
+    chrome://tracing. On CUDA it also leaves `memory.pickle` with every allocation, for pytorch.org/memory_viz.
     """
 
     SKIPPED = 2
@@ -30,7 +30,7 @@ class StepProfiler:
         self.done, self.finished = 0, False
 
     def step(self) -> None:
-        """To be called after every step."""
+        """Call this after every step."""
         self.done += 1
         if self.done == self.SKIPPED:
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -39,12 +39,12 @@ class StepProfiler:
                 torch.cuda.memory._record_memory_history()
             self.profiler = torch.profiler.profile(activities=activities)
             self.profiler.start()
-            atexit.register(self.finish)  # of a run that fails, too: a profiler still running crashes the interpreter
+            atexit.register(self.finish)  # also if the run fails: a running profiler crashes the interpreter at exit
         elif self.done == self.last:
             self.finish()
 
     def finish(self) -> None:
-        """To be called after the run, which may end before all the steps are recorded."""
+        """Call this after the run, which may end before all steps are recorded."""
         if self.finished:
             return
         self.finished, recorded = True, self.done - self.SKIPPED

@@ -4,7 +4,7 @@
     python report.py runs/a runs/b --out compare.html     two runs on one page, and where their settings differ
     python report.py runs/llama3 --svg loss.svg           the loss curve alone, as a picture
 
-The page needs no network and no JavaScript. Values can be read off under the pointer.
+The page needs no network and no JavaScript. Point at a plot to read its values.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from files import atomic_write
 
 Point = tuple[float, float]  # tokens trained on, value
 
-# Paul Tol's "vibrant" scheme, its blue lightened for dark pages, and two of his "muted" one: the colour-blind can tell
-# them apart.
+# Colour-blind readers can tell these apart: Paul Tol's "vibrant" scheme, with a lighter blue for dark pages, and two
+# colours of his "muted" scheme.
 COLOURS = ("#2a86cc", "#ee7733", "#009988", "#ee3377", "#33bbee", "#cc3311", "#999933", "#aa4499")
-GREY = "#7b8087"  # as far from white as from a dark page
+GREY = "#7b8087"  # has the same contrast on white and on a dark page
 FAINT, FIRM = 'stroke-width="1.2" stroke-opacity="0.4"', 'stroke-width="2"'
 DASHED = 'stroke-width="1.5" stroke-dasharray="6 4"'
 LOSS_KEY = "nats per token; faint: each step, firm: smoothed, dots: validation"
-NONE = "–"  # in place of a value that a run has not
+NONE = "–"  # stands for a value that a run does not have
 
 CSS = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1d2125; --muted: #68707a; --rule: #e2e5e8; --soft: #f6f7f8 }
@@ -59,7 +59,7 @@ pre { background: var(--soft); border-radius: 6px; padding: 14px; margin: 0; fon
 
 @dataclass
 class Run:
-    """What a run directory tells."""
+    """What a run directory holds."""
 
     name: str
     colour: str
@@ -69,19 +69,19 @@ class Run:
 
     @property
     def benchmark(self) -> str:
-        """As hellaswag_utils.benchmark_name, which would import torch: HellaSwag is only HellaSwag's own."""
+        """The same as hellaswag_utils.benchmark_name, without torch. Only HellaSwag's own file is called HellaSwag."""
         stem = Path(self.config.get("hellaswag_path", "")).stem
         return "HellaSwag" if stem.lower().startswith("hellaswag") else stem.replace("_", " ") or "Multiple choice"
 
     def points(self, field: str) -> list[Point]:
-        """(tokens, value of `field`) of the rows that have both, as finite numbers."""
+        """(tokens, value of `field`) of each row where both are finite numbers."""
         pairs = ((row.get("tokens"), row.get(field)) for row in self.rows)
         return sorted((x, y) for x, y in pairs if is_number(x) and is_number(y) and x >= 0)
 
 
 @dataclass
 class Line:
-    """A line of a plot. `style` is FAINT, FIRM, DASHED or, for marks alone, empty; one with a label is read off."""
+    """A line of a plot. `style` is FAINT, FIRM, DASHED, or empty for marks alone. The pointer reads labelled lines."""
 
     points: list[Point]
     colour: str
@@ -91,11 +91,11 @@ class Line:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and -1e18 < value < 1e18  # NaN fails; no sum or difference overflows
+    return isinstance(value, int | float) and -1e18 < value < 1e18  # false for NaN; sums cannot overflow
 
 
 def read_json(text: str) -> dict:
-    """The JSON object in `text`; an empty one where there is none, as in a line that a kill cut short."""
+    """The JSON object in `text`, or an empty dict if there is none, as in a line that a kill cut short."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -104,7 +104,7 @@ def read_json(text: str) -> dict:
 
 
 def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
-    """Raises ValueError for what is no run directory; its config.json and samples.txt may be missing."""
+    """Read run directories. config.json and samples.txt may be missing. Raises ValueError for any other folder."""
     runs, names = [], [Path(folder).resolve().name for folder in run_dirs]
     for i, folder in enumerate(map(Path, run_dirs)):
         if not (folder / "metrics.jsonl").is_file():
@@ -127,8 +127,8 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Running mean over 1% of the points to either side. The window is narrow at the start, where the loss is steep,
-    and ends with the run: the last value is the mean of the last 1%, or of the last two."""
+    """Running mean over 1% of the points on each side. The window is narrow at the start, where the loss is steep. The
+    last value is the mean of the last 1% of the points, or of the last two."""
     reach, sums = max(1, len(points) // 100), [0, *accumulate(y for _, y in points)]
     smoothed = []
     for i, (x, _) in enumerate(points):
@@ -138,8 +138,8 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def thin(points: Sequence[Point], limit: int) -> list[Point]:
-    """About `limit` points that draw the same line: the first, the last, and the lowest and highest of each of equal
-    bins. (The means of bins would lose the spikes.)"""
+    """About `limit` points that draw the same line: the first, the last, and the extremes of bins of equal size. The
+    means of the bins would lose the spikes."""
     if len(points) <= limit:
         return list(points)
     kept = {points[0], points[-1]}
@@ -149,10 +149,10 @@ def thin(points: Sequence[Point], limit: int) -> list[Point]:
 
 
 def y_range(lines: Sequence[Line]) -> Point:
-    """What to show of the values. A loss that starts at 11 would flatten the way from 4 to 3, and so would a spike: the
-    first 5% of a run and the noise reach at most half its height beyond the smoothed rest."""
+    """The range of values to show. A loss that starts at 11, or a spike, would flatten the way from 4 to 3. So the
+    range is that of the smoothed line after 5% of the run. Other values extend it by at most half its height."""
     values = [y for line in lines for _, y in line.points]
-    early = 0.05 if any(len(line.points) > 5 for line in lines) else 0  # of a handful none can be spared
+    early = 0.05 if any(len(line.points) > 5 for line in lines) else 0  # a handful of points is shown whole
     calm = [y for line in lines if line.style != FAINT for x, y in line.points if x >= early * line.points[-1][0]]
     margin = (max(calm) - min(calm)) / 2
     return max(min(values), min(calm) - margin), min(max(values), max(calm) + margin)
@@ -166,7 +166,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float, unit: str = "k") -> str:
-    """Short, for a plot; `unit` is "%" for a share, "k" for thousands (K), millions (M) and so on, "" for the rest."""
+    """A short number. `unit` is "%" for a share, "k" to shorten thousands (K) and millions (M), "" otherwise."""
     if unit == "%":
         return f"{100 * value:.5g}%"
     sizes = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")) if unit == "k" else ()
@@ -175,20 +175,22 @@ def number(value: float, unit: str = "k") -> str:
 
 
 def escape(text: str) -> str:
-    """Text as HTML and XML may hold it, whatever a model or a user wrote."""
+    """`text`, which may be anything, in a form that is safe in HTML and XML."""
     return html.escape(re.sub("[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
 
 
 def plot(lines: Sequence[Line], unit: str = "", at_least: Sequence[float] = ()) -> str:
-    """Axes and lines as SVG elements. Positions are percentages of the frame, which the caller sizes, so that text and
-    strokes keep their size on a wide page and on a telephone. The y axis takes in the values `at_least`."""
+    """Axes and lines as SVG elements. The y axis includes the values `at_least`. Positions are percentages of a frame
+    that the caller sizes. So text and strokes keep their size on any screen."""
     lines = [line for line in lines if line.points]
     if not lines:
         return '<text x="50%" y="50%" text-anchor="middle">no rows yet</text>'
     x_max = max(line.points[-1][0] for line in lines) or 1
     low, high = y_range(lines)
     low, high = min(low, *at_least, high), max(high, *at_least, low)
-    y_ticks = ticks(low, high if high - low > 1e-6 * abs(high) else low + (abs(low) or 1) / 10)  # a constant, too
+    y_ticks = ticks(
+        low, high if high - low > 1e-6 * abs(high) else low + (abs(low) or 1) / 10
+    )  # the range of a constant is 0
     low, high = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float, scale: float = 100) -> Point:
@@ -207,7 +209,7 @@ def plot(lines: Sequence[Line], unit: str = "", at_least: Sequence[float] = ()) 
     if (top := max(y for line in lines for _, y in line.points)) > high:
         parts.append(f'<text x="100%" y="-8" text-anchor="end">\u2191 up to {number(top, unit)}</text>')
 
-    # A corner is 12 bytes, a mark 55, and there are half a dozen plots: the page of eight runs stays under 500 KB.
+    # A corner takes 12 bytes and a mark 55, in half a dozen plots. So a page of eight runs stays under 500 KB.
     limit = max(10, min(1000, 3000 // len(lines)))
     drawn = [(line, thin(line.points, limit // 4 if line.marked else limit)) for line in lines]
     parts.append('<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none">')
@@ -226,7 +228,7 @@ def plot(lines: Sequence[Line], unit: str = "", at_least: Sequence[float] = ()) 
 
 
 def readings(drawn: Sequence[tuple[Line, list[Point]]], x_max: float, unit: str) -> str:
-    """Invisible strips over a plot that tell the pointer the values under it."""
+    """Invisible strips over a plot. Each shows the values under the pointer as a tooltip."""
     count = max(10, min(50, 800 // len(drawn)))
     strips = ""
     for i in range(count):
@@ -242,13 +244,13 @@ def readings(drawn: Sequence[tuple[Line, list[Point]]], x_max: float, unit: str)
 
 
 def noisy(runs: Sequence[Run], field: str) -> list[Line]:
-    """Each run's values step by step, and smoothed on top."""
+    """Two lines a run: its values step by step, and the smoothed values on top."""
     faint = [Line(run.points(field), run.colour, FAINT) for run in runs]
     return faint + [Line(smooth(f.points), f.colour, FIRM, run.name) for f, run in zip(faint, runs, strict=True)]
 
 
 def loss_lines(runs: Sequence[Run]) -> tuple[list[Line], list[tuple[str, str]]]:
-    """The lines of the loss plot, and what its colours stand for. A lone run has a second one for its validation."""
+    """The lines of the loss plot, and its legend. A single run has a second colour for its validation."""
     colours, names = [run.colour for run in runs], [run.name for run in runs]
     if len(runs) == 1:
         colours, names = list(COLOURS[:2]), ["training", "validation"]
@@ -262,7 +264,7 @@ def loss_lines(runs: Sequence[Run]) -> tuple[list[Line], list[tuple[str, str]]]:
 def loss_curve_svg(run_dirs: Sequence[str | Path]) -> str:
     """The loss curve of the runs as an SVG document of its own, readable on white and on dark pages.
 
-    Raises ValueError if one of `run_dirs` is no run directory.
+    Raises ValueError if one of `run_dirs` is not a run directory.
     """
     lines, legend = loss_lines(read_runs(run_dirs))
     keys = "".join(
@@ -278,7 +280,7 @@ def loss_curve_svg(run_dirs: Sequence[str | Path]) -> str:
 
 
 def figure(title: str, what: str, lines: Sequence[Line], unit: str = "", at_least: Sequence[float] = ()) -> str:
-    """A plot under its title; nothing where no run has points for it."""
+    """A plot with its title above, or an empty string if no run has points for it."""
     if not any(line.points for line in lines):
         return ""
     caption = f"<figcaption>{escape(title)} <small>{what}</small></figcaption>"
@@ -286,7 +288,7 @@ def figure(title: str, what: str, lines: Sequence[Line], unit: str = "", at_leas
 
 
 def accuracy(runs: Sequence[Run], benchmark: str) -> str:
-    """The plot of one benchmark: results on different files do not compare."""
+    """The plot of one benchmark. Results on different files do not compare, so each benchmark has its own plot."""
     lines, runs = [], [run for run in runs if run.benchmark == benchmark]
     for kind, style in (("acc_norm", FIRM), ("acc", DASHED)):
         lines += [Line(r.points(f"hellaswag_{kind}"), r.colour, style, f"{r.name}, {kind}", marked=True) for r in runs]
@@ -300,7 +302,7 @@ def legend(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def table(runs: Sequence[Run], facts: Sequence[dict[str, str]]) -> str:
-    """`facts` are those of each run. Several runs stand side by side; a lone one is a compact list."""
+    """A table of the `facts` of each run, side by side. A single run is a compact list."""
     if len(runs) == 1:
         pairs = [f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>\n" for key, value in facts[0].items()]
         return f"<dl>{''.join(pairs)}</dl>"
@@ -312,7 +314,7 @@ def table(runs: Sequence[Run], facts: Sequence[dict[str, str]]) -> str:
 
 
 def summary(run: Run) -> dict[str, str]:
-    """The run's row of figures, ready to read."""
+    """The most important figures of a run, as text."""
 
     def pick(choose: Callable, field: str, form: str) -> str:
         values = [y for _, y in run.points(field)]
@@ -334,7 +336,7 @@ def summary(run: Run) -> dict[str, str]:
 def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> None:
     """Write the page of the runs in `run_dirs` to the file `out`.
 
-    Raises ValueError if one of `run_dirs` is no run directory; then nothing is written.
+    Raises ValueError if one of `run_dirs` is not a run directory. Then nothing is written.
     """
     runs = read_runs(run_dirs)
     loss, colours = loss_lines(runs)
@@ -361,7 +363,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> None:
     ]
     for run in runs:
         step, _, text = run.sample.partition("\n")
-        if text := text.strip()[: 30_000 // len(runs)]:  # enough to judge it, and the page stays small
+        if text := text.strip()[: 30_000 // len(runs)]:  # enough to judge the text; the page stays small
             heading = escape(f"Text generated by {run.name}, {step}")
             parts.append(f"<h2>{heading}</h2><pre>\n{escape(text)}</pre>")
     if any(configs):

@@ -1,7 +1,7 @@
-"""Documents, where they come from: FineWeb-Edu on the Hugging Face hub, files of your own, the sample corpus.
+"""Where documents come from: FineWeb-Edu on the Hugging Face hub, files of your own, or the sample corpus.
 
-A source numbers its documents from 0, in an order that its `revision` pins, and can be read from any number on: that is
-all it takes to go on after a kill, and to try again after a lost connection.
+A source numbers its documents from 0. Its `revision` pins their order. A source can be read from any number on, so a
+preparation goes on after a kill, and a download after a lost connection.
 """
 
 import errno
@@ -29,48 +29,49 @@ FINEWEB_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 FINEWEB_FOLDER = "sample/10BT"  # 9,672,101 documents in 14 parquet files of 28.5 GB
 FINEWEB_TOKENS = 10_000_000_000  # about, in Llama 3's whole vocabulary
 
-# Tests differ between installations, encodings/ and pydoc_data/ hold tables and prose, the rest is not the library.
+# Tests differ between installations. encodings/ and pydoc_data/ hold tables and prose. The others are not the library.
 SAMPLE_EXCLUDED = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 SAMPLE_EXCLUDED |= {"site-packages", "dist-packages", "__pycache__"}
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-BATCH_DOCUMENTS = 200  # of web pages, nearly a megabyte
-BATCH_BYTES = 2**20  # of longer documents a batch holds fewer; more than that no longer fits the processors' caches
+BATCH_DOCUMENTS = 200  # that many web pages are nearly a megabyte
+BATCH_BYTES = 2**20  # a batch of long documents holds fewer: a larger batch does not fit the processors' caches
 STREAM_BLOCK = 2**24  # bytes of a request
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts that bring nothing new; then the hub has failed
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts that bring nothing new; after the last, give up
 
 T = TypeVar("T")
 
 
 class SourceError(Exception):
-    """A source that cannot be read; the message is one sentence with the cure."""
+    """A source cannot be read. The message is one sentence with the cure."""
 
 
 class Source:
-    """Attributes: name; revision, which pins the content."""
+    """Numbered documents. `name` says which they are, and `revision` pins their content and order."""
 
     name: str
     revision: str
 
     def read(self, first: int = 0) -> Iterator[Sequence]:
-        """The documents from number `first` on, in batches: lists, or arrow arrays. A document is a str, or whatever
-        else a broken row holds.
+        """The documents from number `first` on, in batches: lists, or arrow arrays.
+
+        A document is a str. A broken row may hold anything else.
 
         Raises:
-            SourceError: the source cannot be read (further).
+            SourceError: the source cannot be read, or not to its end.
         """
         raise NotImplementedError
 
 
 def open_source(words: list[str], *, stream: bool = False) -> Source:
-    """The source behind the words of --source.
+    """The source that the words of --source name.
 
     Args:
         words: ["fineweb-edu"], ["sample"], or paths of .jsonl, .jsonl.gz, .parquet and .txt files.
         stream: read the hub's files over the network, without a copy on the disk.
 
     Raises:
-        SourceError: nothing there, or not a format that is read here.
+        SourceError: there is no such file, or its format is not read here.
     """
     if words == ["fineweb-edu"]:
         return Hub(stream)
@@ -91,7 +92,7 @@ def open_source(words: list[str], *, stream: bool = False) -> Source:
 
 
 class Sample(Source):
-    """The source of Python's standard library: real text, on every machine already."""
+    """The source code of Python's standard library: real text that is on every machine already."""
 
     name = "sample"
     revision = f"Python {platform.python_version()}"
@@ -100,10 +101,10 @@ class Sample(Source):
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = [p.relative_to(root) for p in root.rglob("*.py")]
         names = [path.as_posix() for path in paths if not SAMPLE_EXCLUDED & set(path.parts)]
-        # In the order of their hashes: shuffled, so that the held-out shard is like the rest, and the same everywhere.
+        # The order of hashes is a shuffle that is the same on every machine. So the held-out shard is like the rest.
         names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
         texts = [(root / name).read_text(encoding="utf-8", errors="replace") for name in names]
-        texts = list(dict.fromkeys(texts))  # a file that is there twice must not be both held out and trained on
+        texts = list(dict.fromkeys(texts))  # a text that two files share must not be both held out and trained on
         yield from (texts[i : i + BATCH_DOCUMENTS] for i in range(first, len(texts), BATCH_DOCUMENTS))
 
 
@@ -111,7 +112,7 @@ class Sample(Source):
 
 
 class Files(Source):
-    """Files of one document (.txt), a document a line (.jsonl) or a row (.parquet), one file after the other."""
+    """Files, one after the other. A .txt is one document. A .jsonl has a document a line, a .parquet one a row."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -123,12 +124,13 @@ class Files(Source):
             batches = {".txt": _text_batches, ".parquet": _parquet_batches}.get(path.suffix, _jsonl_batches)
             try:
                 first = yield from batches(path, first)
-            except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's are ValueErrors
-                reason = " ".join(str(error).split())  # of one line
+            except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow raises ValueErrors
+                reason = " ".join(str(error).split())  # on one line
                 raise SourceError(f"{path}: cannot be read ({reason}); replace the file") from error
 
 
-# The readers yield batches of a file's documents from number `first` on, and return how many numbers it lacks for that.
+# Each reader yields batches of a file's documents from number `first` on. If the file has fewer documents than `first`,
+# the reader returns how many of the `first` remain to be skipped in the next files.
 
 
 def _text_batches(path: Path, first: int) -> Generator[Sequence, None, int]:
@@ -160,10 +162,10 @@ def _jsonl_batches(path: Path, first: int) -> Generator[Sequence, None, int]:
 
 
 def _parquet_batches(path: str | Path, first: int, file: IO | None = None) -> Generator[Sequence, None, int]:
-    """`file`: the bytes of what is called `path`, where they are not in a local file of that name."""
-    import pyarrow.parquet  # here, not above: it takes its time, and workers need none of it
+    """`file` holds the bytes if they are not in a local file `path`. Messages then still name `path`."""
+    import pyarrow.parquet  # here, not above: the import is slow, and workers do not need it
 
-    # Small reads in a row instead of whole row groups: memory stays the same for files of any shape.
+    # Many small reads instead of whole row groups keep the memory the same for files of any shape.
     with pyarrow.parquet.ParquetFile(file or path, buffer_size=2**20, pre_buffer=False) as parquet:
         if "text" not in parquet.schema_arrow.names:
             names = ", ".join(parquet.schema_arrow.names)
@@ -186,7 +188,7 @@ def _parquet_batches(path: str | Path, first: int, file: IO | None = None) -> Ge
                 yield from ([document] for document in column[first:].to_pylist())
                 first = 0
             else:
-                yield column  # as it is: a worker receives it without an object made for every document
+                yield column  # as an arrow array: a worker receives it without a Python object for every document
     return 0
 
 
@@ -196,8 +198,8 @@ def _parquet_batches(path: str | Path, first: int, file: IO | None = None) -> Ge
 class Hub(Source):
     """FineWeb-Edu's 10-billion-token sample, through huggingface_hub.
 
-    That client waits out 429s as their Retry-After says, repeats what failed with 5xx, and goes on in a file that
-    broke off. What it gives up on is tried again here, after the last document that came, with growing pauses.
+    That client waits as a 429 asks for, repeats requests that fail with 5xx, and resumes a file that broke off. Where
+    it gives up, this class tries again after the last document that came, with growing pauses.
     """
 
     name = f"{FINEWEB} {FINEWEB_FOLDER}"
@@ -208,7 +210,7 @@ class Hub(Source):
 
     @cached_property
     def files(self) -> list:
-        """`RepoFile`s with path, size and lfs.sha256, in order."""
+        """The parquet files in order: `RepoFile`s with path, size and lfs.sha256."""
         import huggingface_hub
 
         files = huggingface_hub.HfApi().list_repo_tree(
@@ -227,7 +229,7 @@ class Hub(Source):
                 return
             except SourceError:
                 raise
-            except Exception as error:  # huggingface_hub, fsspec, httpx and pyarrow each raise their own
+            except Exception as error:  # huggingface_hub, fsspec, httpx and pyarrow all raise errors of their own
                 pause = None if _is_final(error) else next(pauses, None)
                 if pause is None:
                     raise self._failure(error) from error
@@ -236,7 +238,7 @@ class Hub(Source):
 
     def _read(self, first: int) -> Iterator[Sequence]:
         files = list(self.files)
-        while files and first:  # whole files behind us are not fetched again, only their footers
+        while files and first:  # of whole files before `first`, only the footers are fetched
             rows = self._num_rows(files[0])
             if first < rows:
                 break
@@ -247,7 +249,7 @@ class Hub(Source):
                 with self._open(file) as remote:
                     first = yield from _parquet_batches(file.path, first, remote)
         else:
-            # The next file comes in while this one is read.
+            # The next file is downloaded while this one is read.
             for path in filter(None, read_ahead(map(self._download, files), 1)):
                 first = yield from _parquet_batches(path, first)
 
@@ -264,7 +266,7 @@ class Hub(Source):
             return pyarrow.parquet.read_metadata(remote).num_rows
 
     def _download(self, file) -> str:
-        """Fetch a file into the hub's cache, unless it is there; return its path."""
+        """Fetch a file into the hub's cache, unless it is there. Return its path."""
         import huggingface_hub
 
         path = huggingface_hub.hf_hub_download(FINEWEB, file.path, repo_type="dataset", revision=self.revision)
@@ -274,7 +276,7 @@ class Hub(Source):
         return path
 
     def disk_needed(self, max_tokens: int | None) -> list[tuple[Path, int]]:
-        """(folder, bytes) that the download takes before `max_tokens` are reached.
+        """Pairs of a folder and the bytes that the download takes there before `max_tokens` are reached.
 
         Raises:
             SourceError: the hub cannot be reached, or does not have the files.
@@ -283,15 +285,15 @@ class Hub(Source):
         from huggingface_hub import constants, try_to_load_from_cache
 
         try:
-            # One request of our own first: without a network the client retries for half a minute.
+            # Ask once ourselves first: without a network the client would retry for half a minute.
             requests.head(constants.ENDPOINT, timeout=30)
             files = self.files
-        except Exception as error:  # as in read()
+        except Exception as error:  # the same kinds as in read()
             raise self._failure(error) from error
         if self.stream:
             return []
         share = 1 if max_tokens is None else min(1, max_tokens / FINEWEB_TOKENS)
-        files = files[: math.ceil(share * len(files)) + 2]  # and those ahead: one waits, one is on its way
+        files = files[: math.ceil(share * len(files)) + 2]  # and two files ahead: one waits, one is being downloaded
         cached = {"repo_id": FINEWEB, "revision": self.revision, "repo_type": "dataset"}
         missing = [f for f in files if not try_to_load_from_cache(filename=f.path, **cached)]
         return [(Path(constants.HF_HUB_CACHE), sum(file.size for file in missing))]
@@ -311,7 +313,7 @@ def _response(error: Exception):
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether trying again is no use: the hub refuses, or the disk is full."""
+    """Whether trying again cannot help: the hub refuses, or the disk is full."""
     response = _response(error)
     if response is not None:
         return 400 <= response.status_code < 500 and response.status_code not in (408, 429)
@@ -325,12 +327,12 @@ def _reason(error: Exception) -> str:
     if response is not None:
         return f"status {response.status_code}"
     if isinstance(error, requests.RequestException):
-        return type(error).__name__  # its message is a chain of objects
+        return type(error).__name__  # its message is a nest of objects
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def read_ahead(items: Iterable[T], size: int) -> Iterator[T | None]:
-    """The items, drawn in a thread up to `size` ahead of the consumer; None for every second without one."""
+    """The items, which a thread draws up to `size` ahead of the consumer. Yields None for a second without an item."""
     queue: Queue = Queue(size)
     stopped = Event()
 
@@ -351,7 +353,7 @@ def read_ahead(items: Iterable[T], size: int) -> Iterator[T | None]:
         except BaseException as error:
             put(None, error)
 
-    Thread(target=draw, daemon=True).start()  # daemon: Ctrl-C does not wait for a download
+    Thread(target=draw, daemon=True).start()  # a daemon, so that Ctrl-C does not wait for a download
     try:
         while True:
             try:

@@ -1,10 +1,10 @@
 """Llama 3's tokenizer: text <-> token ids, byte-pair encoding over `tokenizer.model` with tiktoken.
 
-`tokenizer.model` is Meta's file: 128,000 byte sequences, one a line, in the order in which they were
-merged. 256 control ids follow them. A vocabulary of N ids keeps the first N - 256 merges and puts the
-same control ids after them: a prefix of the merge order is a complete, smaller tokenizer.
+`tokenizer.model` is Meta's file: 128,000 byte sequences, one a line, in the order in which they were merged. 256
+control ids follow them. The first merges of that order are a complete, smaller tokenizer: a vocabulary of N ids keeps
+the first N - 256 merges and puts the same control ids after them.
 
-Reference: the class `Tokenizer` in Meta's `llama_models/llama3/tokenizer.py`, which the tests compare with.
+Reference: the class `Tokenizer` in Meta's `llama_models/llama3/tokenizer.py`. The tests compare with it.
 """
 
 import base64
@@ -20,16 +20,17 @@ import tiktoken
 MODEL_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
 DEFAULT_PATH = Path(__file__).with_name("tokenizer.model")
 
-# Cuts text into pieces before any merge: contractions, words with one leading character, up to three
-# digits, punctuation, line ends, white space. Merges never cross a piece.
+# Text is cut into pieces before any merge: contractions, words with one leading character, up to three digits,
+# punctuation, line ends, white space. A merge never crosses the border of a piece.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
 )
 _SPACES = r"\s+(?!\S)|\s+"
 SPLIT_PATTERN = f"{_WORDS}|{_SPACES}"
-# The same pattern. For the look-ahead, tiktoken matches alternatives one by one by backtracking; a group without one it
-# hands whole to a faster automaton: 1.2 to 1.3 times the tokens a second (benchmarks/data_prep.py).
+# The same pattern, faster. Because of the look-ahead in _SPACES, tiktoken matches the alternatives one by one, by
+# backtracking. A group without a look-ahead goes to a faster automaton as a whole. That makes 1.2 to 1.3 times the
+# tokens a second (benchmarks/data_prep.py).
 _GROUPED_PATTERN = f"(?:{_WORDS})|{_SPACES}"
 
 NUM_SPECIAL_TOKENS = 256
@@ -52,7 +53,7 @@ SPECIAL_TOKENS = _NAMED_SPECIAL_TOKENS + tuple(
     f"<|reserved_special_token_{i + 2}|>" for i in range(NUM_SPECIAL_TOKENS - len(_NAMED_SPECIAL_TOKENS))
 )
 
-# tiktoken panics on longer texts, and its time grows with the square of a run that the pattern cannot cut.
+# tiktoken panics on longer texts. Its time grows with the square of a run of characters that the pattern cannot cut.
 MAX_ENCODE_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 
@@ -62,7 +63,7 @@ class Tokenizer:
 
     Args:
         path: Meta's `tokenizer.model`.
-        vocab_size: ids in all, the 256 control ids included: 512 to 128,256. None keeps them all.
+        vocab_size: number of ids, 512 to 128,256, with the 256 control ids. None keeps all.
 
     Raises:
         FileNotFoundError: there is no file at `path`.
@@ -94,7 +95,7 @@ class Tokenizer:
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
-        """Built when first used, in a third of a second: who hands texts to other processes needs none."""
+        """Built at first use, in a third of a second. A process that leaves encoding to workers never needs it."""
         return tiktoken.Encoding(
             name=f"llama3-{self.vocab_size}",
             pat_str=_GROUPED_PATTERN,
@@ -104,15 +105,15 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 of all that decides which ids a text becomes: equal fingerprints, equal ids."""
+        """Sha256 of everything that decides which ids a text becomes. Equal fingerprints mean equal ids."""
         parts = (MODEL_SHA256, SPLIT_PATTERN, *SPECIAL_TOKENS, str(self.vocab_size))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`, between the begin and end ids where asked for.
+        """Ids of `text`, with the begin id before and the end id after them if asked for.
 
-        What looks like a control token in `text` is encoded as the characters it is made of. Lone
-        surrogates, which UTF-8 cannot hold, become U+FFFD.
+        Text that looks like a control token is encoded as plain characters. Lone surrogates, which UTF-8 cannot hold,
+        become U+FFFD.
         """
         ids = [self.bos_id] if bos else []
         for piece in split_long(text):
@@ -122,17 +123,19 @@ class Tokenizer:
         return ids
 
     def encode_document(self, text: str) -> list[np.ndarray]:
-        """`encode(text, bos=True, eos=True)` as uint32 arrays: the begin id, the ids of each of the pieces that
-        `split_long` makes (nearly always one), the end id. No Python object is made for an id, and nothing copied.
+        """`encode(text, bos=True, eos=True)` as uint32 arrays: the begin id, the ids of each piece, the end id.
+
+        The pieces are those of `split_long`, nearly always one. No Python object is made for an id, and nothing is
+        copied.
 
         Raises:
-            UnicodeEncodeError: lone surrogates, which only `encode` replaces.
+            UnicodeEncodeError: the text holds lone surrogates. Only `encode` replaces them.
         """
         ids = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in split_long(text)]
         return [np.array([self.bos_id], np.uint32), *ids, np.array([self.eos_id], np.uint32)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control ids show their names, bytes that are no UTF-8 become U+FFFD.
+        """Text of `ids`. Control ids appear by name. Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -143,13 +146,16 @@ class Tokenizer:
         return self._encoding.decode(ids)
 
     def token_byte_lengths(self) -> np.ndarray:
-        """Bytes of text behind each id, (V,) int64; control ids have none. It turns nats a token into bits a byte."""
+        """Bytes of text of each id, (V,) int64; 0 for control ids. With it nats a token become bits a byte."""
         return np.array([len(token) for token in self._text_tokens] + [0] * NUM_SPECIAL_TOKENS)
 
 
 def split_long(text: str) -> Iterator[str]:
-    """Cut `text` so that no piece exceeds MAX_ENCODE_CHARS, nor holds a longer run than MAX_RUN_CHARS of
-    white space or of anything else. Texts that need no cut, nearly all, cost one comparison."""
+    """Cut `text` into pieces of at most MAX_ENCODE_CHARS, without runs longer than MAX_RUN_CHARS.
+
+    A run is white space alone, or anything else without white space. Nearly all texts need no cut, and cost only a look
+    at a few characters.
+    """
     for start in range(0, len(text), MAX_ENCODE_CHARS):
         block = text[start : start + MAX_ENCODE_CHARS]
         if not _may_hold_long_run(block):
@@ -164,7 +170,7 @@ def split_long(text: str) -> Iterator[str]:
 
 
 def _may_hold_long_run(block: str) -> bool:
-    """Looks at a few characters of each stretch: a run of more than MAX_RUN_CHARS would fill one of these whole."""
+    """Whether `block` may hold a run of more than MAX_RUN_CHARS: it would fill one of the stretches whole."""
     size = MAX_RUN_CHARS // 2
     stretches = (block[i : i + size] for i in range(0, len(block) - size + 1, size))
     return any(stretch.isspace() or not re.search(r"\s", stretch) for stretch in stretches)

@@ -1,8 +1,9 @@
-"""Documents -> ids on all cores: a source is read ahead, its batches are tokenized side by side and come in order.
+"""Documents -> ids on all cores: batches are read ahead, tokenized side by side, and returned in order.
 
-The processes are ours, not those of a pool. concurrent.futures' share one pipe for their results: of one that is killed
-while it writes, half a result stays there, and the pool waits for the other half for ever. Here each has a pipe of its
-own, which ends with it. They are spawned, not forked: this process has threads, and a fork may inherit their locks.
+We start the processes ourselves. The processes of a concurrent.futures pool share one pipe for their results: if one
+is killed while it writes, the pool waits for ever for the rest of its result. Here each worker has a pipe of its own,
+which closes when the worker ends. Workers are spawned, not forked: this process has threads, and a fork may inherit a
+lock that a thread holds.
 """
 
 import multiprocessing
@@ -23,18 +24,18 @@ from shards import token_dtype
 from sources import Source, SourceError, read_ahead
 from tokenizer import Tokenizer
 
-BATCHES_AHEAD = 64  # of about a megabyte: workers stay busy while a shard is brought to the disk
-LEFT_OUT = ("empty", "null", "not a string")  # kinds of documents that leave no trace but in the manifest's count
+BATCHES_AHEAD = 64  # about a megabyte each: workers stay busy while a shard is synced to the disk
+LEFT_OUT = ("empty", "null", "not a string")  # kinds of documents that are left out; the manifest counts them
 
 
 def tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Ids of the documents, one after the other; how many of them are whose; and what is odd about which.
+    """All ids of the documents, one document after the other; the length of each; a note, by number, for each odd one.
 
     Args:
         documents: a list, or an arrow array.
 
     Raises:
-        UnicodeDecodeError: the array's bytes are not UTF-8.
+        UnicodeDecodeError: the bytes of the array are not UTF-8.
     """
     documents = documents if isinstance(documents, list) else documents.to_pylist()
     ids, lengths, odd = [np.empty(0, dtype=np.uint32)], [], {}
@@ -60,17 +61,17 @@ def tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.
 
 
 class Worker:
-    """A process that tokenizes, at the other end of a pipe of its own."""
+    """A process that tokenizes, and this end of its pipe."""
 
     def __init__(self, vocab_size: int):
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, vocab_size), daemon=True)
+        self.connection, child_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(child_end, vocab_size), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
 
     def tokenize(self, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """`tokenize` over there. Raises what it raises, and SourceError when the process died."""
+        """`tokenize` in the worker. Raises what `tokenize` raises, and SourceError if the process died."""
         try:
             _send(self.connection, documents)
             answer = _receive(self.connection)
@@ -78,11 +79,11 @@ class Worker:
                 raise answer
             return answer
         except (EOFError, OSError) as error:
-            self.process.join(5)  # its pipe ends a moment before it
+            self.process.join(5)  # the pipe closes a moment before the process ends
             raise self.death() from error
 
     def death(self) -> SourceError:
-        """What there is to say of a process that died."""
+        """The error that tells how the process died."""
         code = self.process.exitcode
         cause = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
         return SourceError(
@@ -92,9 +93,10 @@ class Worker:
 
 
 def _work(connection: Connection, vocab_size: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows none inherits it: see _interrupts_ignored
+    """What a worker does until its pipe closes: tokenize each batch that comes, and send the answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows does not inherit this from _interrupts_ignored
     tokenizer = Tokenizer(vocab_size=vocab_size)
-    with suppress(EOFError, OSError):  # the parent has ended
+    with suppress(EOFError, OSError):  # the parent process has ended
         while True:
             try:
                 answer = tokenize(tokenizer, _receive(connection))
@@ -104,7 +106,7 @@ def _work(connection: Connection, vocab_size: int) -> None:
 
 
 def _send(connection: Connection, message: object) -> None:
-    """As `connection.send`, but texts and ids go as they lie there: in a pickle they would be copied once more."""
+    """`connection.send`, but texts and ids are sent from where they lie. A pickle would copy them once more."""
     buffers: list[pickle.PickleBuffer] = []
     connection.send((pickle.dumps(message, protocol=5, buffer_callback=buffers.append), len(buffers)))
     for buffer in buffers:
@@ -118,9 +120,12 @@ def _receive(connection: Connection) -> Any:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Ctrl-C reaches the whole process group, and this process alone answers it. Those that it starts meanwhile ignore
-    it from their first moment; else they would show tracebacks of what they import. It is deaf for milliseconds."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may set this
+    """Ignore Ctrl-C while workers start, so that they inherit this and ignore it from their first moment.
+
+    Ctrl-C reaches the whole process group, but this process alone shall answer it. A worker that is interrupted while
+    it imports would show a traceback. This process ignores Ctrl-C for milliseconds.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield
         return
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -133,10 +138,10 @@ def _interrupts_ignored() -> Iterator[None]:
 def tokenized(
     source: Source, first: int, tokenizer: Tokenizer, num_proc: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
-    """`tokenize` over the source's batches from document number `first` on, in `num_proc` processes, in order.
+    """`tokenize` of the source's batches from document number `first` on, by `num_proc` processes, in order.
 
     Args:
-        num_proc: 1 works in this process.
+        num_proc: number of workers. With 1 this process does the work.
 
     Raises:
         SourceError: the source cannot be read, or a process died.
@@ -151,21 +156,21 @@ def tokenized(
     for worker in workers:
         idle.put(worker)
 
-    def in_a_worker(batch: Sequence) -> tuple:
-        worker = idle.get()  # there is a thread for each
+    def tokenize_in_worker(batch: Sequence) -> tuple:
+        worker = idle.get()  # never waits: there are as many threads as workers
         try:
             return worker.tokenize(batch)
         finally:
             idle.put(worker)
 
-    def look_after_workers() -> None:
+    def check_workers() -> None:
         for worker in workers:
             if not worker.process.is_alive():
                 raise worker.death()
 
     def result(future: Future) -> tuple:
         while not wait([future], timeout=1).done:
-            look_after_workers()  # who works on a later batch may have died
+            check_workers()  # the worker of a later batch may have died
         return future.result()
 
     threads = ThreadPoolExecutor(num_proc)
@@ -173,10 +178,10 @@ def tokenized(
     try:
         with closing(read_ahead(source.read(first), 4)) as batches:
             for batch in batches:
-                if batch is None:  # the source stalls
-                    look_after_workers()
+                if batch is None:  # the source brought nothing for a second
+                    check_workers()
                 else:
-                    ahead.append(threads.submit(in_a_worker, batch))
+                    ahead.append(threads.submit(tokenize_in_worker, batch))
                 while ahead and (ahead[0].done() or len(ahead) > BATCHES_AHEAD + num_proc):
                     yield result(ahead.popleft())
         while ahead:
