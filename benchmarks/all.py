@@ -1,11 +1,11 @@
-"""Every benchmark, and from their figures the table in benchmarks/README.md: nothing may get slower unnoticed.
+"""Runs every benchmark of the model and writes the table in benchmarks/README.md. Nothing gets slower unnoticed.
 
     python benchmarks/all.py                     all of them: an hour on two cores
     python benchmarks/all.py --only generation   those whose name holds the word; the other rows stay as they are
 
-A row compares our fastest way with the peer's fastest, and takes the place of the old one in the table. Where a ratio
-has fallen by more than a tenth, the old row stays, the new one is printed, and the exit status is 1; --accept takes it.
-On another machine, or with another torch, all of them begin a new table.
+A row compares our fastest way with the peer's fastest, and replaces the old row in the table. If a ratio has fallen by
+more than a tenth, the old row stays, the new row is printed, and the exit status is 1; --accept takes the new row.
+On another machine, or with another torch, the rows begin a new table.
 """
 
 import argparse

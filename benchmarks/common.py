@@ -1,4 +1,4 @@
-"""What the benchmarks share: ways of doing the same work that take turns, each in a process of its own; the peer."""
+"""What the benchmarks share: ways of doing the same work that take turns, in processes of their own; and the peer."""
 
 import ctypes
 import json
@@ -44,7 +44,7 @@ def machine() -> str:
 
 
 class Worker:
-    """Ways of doing some work, in a process of its own so that its memory is its own; it sleeps between its turns.
+    """Ways of doing some work, in a process of its own, so that its memory can be measured. It sleeps between turns.
 
     `make(*args)` runs there once, and returns a function for each way by name; what the function returns, a dict,
     comes back with the "seconds" it took and the process's "peak_gib" while it ran.
@@ -102,7 +102,7 @@ def _reset_peak_memory() -> None:
 
 
 def _peak_memory() -> float:
-    """GiB that the device, or on a CPU this process, held at most since the last reset; NaN where nothing tells."""
+    """Peak memory of the device, or on a CPU of this process, since the last reset, in GiB. NaN if nothing tells."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     if not Path("/proc/self/status").exists():
@@ -112,9 +112,11 @@ def _peak_memory() -> float:
 
 
 def take_turns(workers: list[Worker], turns: int) -> dict[str, list[dict]]:
-    """Every way's results, turn by turn; each with the device's matmul rate in its fastest dtype (a known GPU's
-    published one), in FLOP/s, as "peak": the largest of those measured before each way of the turn, because whatever
-    disturbs a measurement lowers it."""
+    """The results of every way, turn by turn.
+
+    Each has the device's matmul rate in its fastest dtype as "peak", in FLOP/s (of a known GPU the published one). The
+    rate is measured before each way of a turn. The largest counts, because whatever disturbs a measurement lowers it.
+    """
     worker_of = {name: worker for worker in workers for name in worker.names}
     rows: dict[str, list[dict]] = {name: [] for name in worker_of}
     for turn in range(turns):
@@ -147,7 +149,7 @@ def report(title: str, columns: dict[str, Callable[[dict], str]], result: dict[s
 
 
 def hugging_face(config: ModelConfig):
-    """Hugging Face's Llama of the same shape, its weights drawn at random, on its fastest attention."""
+    """Hugging Face's Llama of the same shape, with random weights and SDPA attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     theirs = LlamaConfig(

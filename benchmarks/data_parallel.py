@@ -1,4 +1,4 @@
-"""One process of all cores against two that halve them: train.py's tokens a second, and the loss that each ends with.
+"""Two processes that share the cores against one process: tokens a second of train.py, and the last loss of each.
 
     python benchmarks/data_parallel.py                 dim 256, 6 layers, 8,192 ids, 4,096 tokens a step: 3 minutes
     python benchmarks/data_parallel.py --processes 8   a GPU each; without any, shares of the cores
@@ -30,7 +30,7 @@ SKIPPED = 3  # steps, in which compiling happens
 
 
 def run(processes: int, data_root: str, steps: int) -> dict:
-    """train.py's own figures: the median step's tokens a second, the last loss."""
+    """The figures of a run of train.py: tokens a second of the median step, and the last loss."""
     with tempfile.TemporaryDirectory() as out_dir:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         fields = {f"model.{name}": value for name, value in SHAPES["small"].items()} | {

@@ -1,12 +1,13 @@
-"""Data preparation against bare tiktoken: the whole way from parquet to shards, on the same texts, in turns.
+"""Data preparation, from parquet to shards, against bare tiktoken on the same texts, in turns.
 
     python benchmarks/data_prep.py                            the sample corpus, 25 times over: 250 MB of source code
     python benchmarks/data_prep.py --texts web.jsonl          texts of your own, a JSON object with a "text" a line
 
-One turn runs each way once: tiktoken's `encode_ordinary` in processes that do nothing else, one a core at the same
-time, with texts in memory, once over the pattern as Meta's class writes it and once over tokenizer.py's; the script as
-one types it, from its start to its end; and the peer, build-nanogpt's way: a `multiprocessing.Pool` that maps a
-function over rows, of the same parquet file. Figures are medians over the turns.
+One turn runs each way once. Figures are medians over the turns. The ways:
+- bare tiktoken: `encode_ordinary` of texts in memory, in one process a core. Once with the split pattern of Meta's
+  class, once with tokenizer.py's.
+- the script, from its start to its end.
+- the peer, build-nanogpt's way: a `multiprocessing.Pool` that maps a function over the rows of the same parquet file.
 """
 
 import argparse
@@ -35,7 +36,7 @@ SHARD_SIZE = 20_000_000  # tokens: several shards of the default corpus
 
 
 def write_corpus(texts_file: str | None, size: int, path: Path) -> int:
-    """The texts, repeated until they are `size` bytes, each time with another first line; returns how many bytes."""
+    """Write the texts again and again, each time with another first line, until `size` bytes. Return their number."""
     batches = open_source([texts_file] if texts_file else ["sample"]).read()
     texts, written = [text for batch in batches for text in batch if text], 0
     schema = pyarrow.schema([("id", pyarrow.string()), ("text", pyarrow.string())])
@@ -50,14 +51,14 @@ def write_corpus(texts_file: str | None, size: int, path: Path) -> int:
 
 
 def as_metas() -> tiktoken.Encoding:
-    """tiktoken over Meta's pattern as it stands, which is what Meta's class makes."""
+    """tiktoken with Meta's pattern as it stands, as Meta's class makes it."""
     ours = Tokenizer()
     ranks = {token: rank for rank, token in enumerate(ours._text_tokens)}
     return tiktoken.Encoding("metas", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=ours.special_tokens)
 
 
 def bare(path: Path, rank: int, num_proc: int, metas: bool, barrier, queue) -> None:
-    """tiktoken alone, on this process's share of the texts; puts tokens a second."""
+    """Encode this process's share of the texts with tiktoken alone. Put tokens a second into `queue`."""
     texts = pyarrow.parquet.read_table(path, columns=["text"])["text"][rank::num_proc].to_pylist()
     encoding = as_metas() if metas else Tokenizer()._encoding
     barrier.wait()
@@ -81,7 +82,7 @@ def bare_rate(path: Path, num_proc: int, metas: bool) -> float:
 
 
 def script(path: Path, num_proc: int) -> tuple[float, float]:
-    """Tokens a second of the whole command, from its start to its end; and the sum of its processes' peaks, in GiB."""
+    """Tokens a second of the whole command, and the sum of the peak memory of its processes, in GiB."""
     with tempfile.TemporaryDirectory(dir=path.parent) as out:
         command = [sys.executable, ROOT / "load_fineweb_dataset.py", "--source", path, "--out_dir", f"{out}/shards"]
         command += ["--shard_size", str(SHARD_SIZE), "--num_proc", str(num_proc)]
@@ -125,7 +126,7 @@ def _row(row: dict) -> np.ndarray:
 
 
 def pool_of_rows(path: Path, num_proc: int) -> float:
-    """Tokens a second of a pool that is handed a dictionary a row, into shards that are written when they are full."""
+    """Tokens a second of a pool that gets a dictionary for each row. Shards are written when they are full."""
     start, tokens, shard, filled = time.perf_counter(), 0, np.empty(SHARD_SIZE, np.uint32), 0
     with (
         tempfile.TemporaryDirectory(dir=path.parent) as out,

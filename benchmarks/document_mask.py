@@ -1,4 +1,4 @@
-"""What `document_mask` costs: training steps of the small shape with and without it, in turns.
+"""The cost of `document_mask`: training steps of the small shape with and without it, in turns.
 
 python benchmarks/document_mask.py                                    4 x 1,024 tokens
 python benchmarks/document_mask.py --batch_size 16 --seq_len 256
@@ -37,7 +37,7 @@ def ways(shape: tuple[int, int], document_tokens: int) -> dict[str, Callable[[],
         return mixed(tokens, targets, positions=document_positions(tokens, BOS) if masked else None)
 
     def turn(update: Callable[..., dict]) -> dict:
-        update(dtype, "default")  # takes up the memory that a run has for good
+        update(dtype, "default")  # brings the memory to the state of a long run
         return update(dtype, "default")
 
     return {

@@ -3,12 +3,12 @@
     python benchmarks/generate.py                          4 prompts, 128 new tokens each: 5 minutes on two cores
     python benchmarks/generate.py --dtypes bfloat16 --new_tokens 8 --turns 1     where bf16 is not in the hardware
 
-Prompts of 16, 32, ... tokens in one batch, no row ends early. Hugging Face's model runs on SDPA, with its dynamic cache
-and with its static one, for which it compiles the step. The ways take turns; figures are medians. The first turn, in
-which compiling happens, is a column of its own.
+The prompts have 16, 32, ... tokens and form one batch. No row ends early. Hugging Face's model runs on SDPA, with its
+dynamic cache, and with its static cache and a compiled step. The ways take turns. Figures are medians. The first turn
+compiles, so it is a column of its own.
 
-A step reads all weights but the embedding's once. How fast is told as a share of the rate at which a sum over the
-output layer's weights, measured right after, reads them.
+A step reads all weights once, except the embedding's. Its speed is given as a share of the memory's rate. That rate is
+measured right after, by a sum over the weights of the output layer.
 """
 
 import argparse
@@ -44,14 +44,14 @@ class Job:
 
 
 def sharpen(output: torch.nn.Linear) -> None:
-    """Spread the logits to a deviation of 4, as training does: drawn at random they are so alike that the nucleus is
-    nine tenths of the vocabulary, not tens of ids."""
+    """Spread the logits to a deviation of 4, as training does. The logits of random weights are so alike that the
+    nucleus would be nine tenths of the vocabulary instead of tens of ids."""
     with torch.no_grad():
         output.weight.mul_(4 / (0.02 * output.in_features**0.5))
 
 
 def measured(work: Callable[[], None], weight: torch.Tensor) -> dict[str, float]:
-    """How long the work takes, and right after it the rate of the memory that bounds it."""
+    """The seconds that the work takes, and the rate of the memory, measured right after."""
 
     def seconds(work: Callable[[], object]) -> float:
         began = time.perf_counter()
@@ -61,7 +61,7 @@ def measured(work: Callable[[], None], weight: torch.Tensor) -> dict[str, float]
         return time.perf_counter() - began
 
     result = {"seconds": seconds(work)}
-    words = weight.detach().view(torch.float32)  # bf16 in pairs: reading is to be timed, not adding
+    words = weight.detach().view(torch.float32)  # pairs of bf16: the reading is timed, not the adding
     read = min(seconds(words.sum) for _ in range(5))
     return result | {"read_rate": words.nbytes / read}
 

@@ -44,7 +44,7 @@ LENGTHS = (
 
 
 def made_up(count: int, vocab_size: int) -> list[Example]:
-    """Random ids, two rows in the lengths of WikiHow for each in those of ActivityNet, as in the validation split."""
+    """Rows of random ids. Two have the lengths of WikiHow for each that has ActivityNet's, as in the real split."""
     rng = random.Random(0)
 
     def ids(mean: float, deviation: float) -> list[int]:
@@ -55,7 +55,7 @@ def made_up(count: int, vocab_size: int) -> list[Example]:
 
 
 class Arithmetic:
-    """Counts the forward arithmetic of matrix products that go through a model: its blocks, and its output layer."""
+    """Counts the arithmetic of the matrix products of a forward pass: the blocks' and the output layer's."""
 
     def __init__(self, config: ModelConfig, body: torch.nn.Module, output: torch.nn.Module):
         self.config, self.flops = config, 0

@@ -1,10 +1,10 @@
-"""The loader against reading whole shards: time to the first batch, tokens a second, memory, and what a step waits.
+"""The loader against reading whole shards: time to the first batch, tokens a second, memory, and the wait of a step.
 
     python benchmarks/loader.py                               100 shards of a million tokens, a minute on a CPU
     python benchmarks/loader.py --shard_tokens 10_000_000     4 GB in the temporary folder
 
-The peer reads as build-nanogpt does: a shard at a time into memory, as int64, in order, without a shuffle. Both read
-through the system's cache, which the writing has just filled, and take turns; figures are medians over the turns.
+The peer reads as build-nanogpt does: whole shards into memory, as int64, in order, without a shuffle. Both read from
+the system's cache, because the files have just been written. They take turns. Figures are medians over the turns.
 """
 
 import argparse
@@ -31,7 +31,7 @@ FOLDER_VOCAB, MODEL_VOCAB = 128_256, 8192  # the folder's calls for 32-bit ids; 
 
 
 def write_shards(root: Path, shards: int, tokens: int) -> None:
-    """A validation shard of no interest, `shards` training shards of random ids, and their manifest."""
+    """Write `shards` training shards of random ids, a short validation shard, and the manifest."""
     draw, listed = np.random.default_rng(0), []
     for index in range(shards + 1):
         ids = draw.integers(MODEL_VOCAB, size=tokens if index else 2048, dtype=np.uint32)
@@ -62,7 +62,7 @@ LOADERS = {"ours": ours, "whole shards": whole_shards}
 
 
 def memory() -> dict[str, float]:
-    """MB of this process's own memory, and of files mapped into it, which the system may take back at any time."""
+    """MB of this process's own memory, and of mapped files, which the system may take back at any time."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:  # Linux alone tells
@@ -99,7 +99,7 @@ def measure_loaders(root: Path, B: int, T: int, batches: int, turns: int) -> dic
 
 
 def measure_waiting(root: Path, steps: int) -> dict[str, float]:
-    """Medians of a training step of the small shape, 16 x 256 tokens, compiled: all of it, and its wait."""
+    """Medians of a compiled training step of the small shape, 16 x 256 tokens: the whole step, and its wait."""
     keep_freed_memory()  # as train.py does
     config, shape = ModelConfig(**SHAPES["small"], max_seq_len=256), (16, 256)
     model = place_model(Transformer(config), DEVICE)

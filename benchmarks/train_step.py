@@ -5,9 +5,9 @@
     python benchmarks/train_step.py --accumulation 4                  four micro-steps a step
     python benchmarks/train_step.py --cold                            compile anew, not from the cache on the disk
 
-Both models run in the dtype that this device multiplies fastest, uncompiled and compiled, Hugging Face's with SDPA and
-its own loss in the same graph; all with fused AdamW and the gradient's norm clipped at 1. They take turns; figures are
-medians. The first step, in which compiling happens, is a column of its own.
+Both models run in the dtype that this device multiplies fastest, uncompiled and compiled. Hugging Face's runs with SDPA
+and its own loss, in one graph. All use fused AdamW, and clip the gradient's norm at 1. They take turns. Figures are
+medians. The first step compiles, so it is a column of its own.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def make_update(
     shape: tuple[int, int],
     accumulation: int,
 ) -> Callable[..., dict]:
-    """A function that does one update as train.py does it, on random tokens, and returns how long it took.
+    """A function that does one update as train.py does, on random tokens. It returns the seconds it took.
 
     `losses` has, for each dtype, the loss as a function of tokens and targets.
     """
@@ -64,7 +64,7 @@ def make_update(
 
 
 def ways(update: Callable[..., dict], name: str, dtypes: list[str], steps: int) -> dict[str, Callable[[], dict]]:
-    """The last of `steps` updates counts: those before it take up the memory that a run has for good."""
+    """Of `steps` updates the last counts. The others bring the memory to the state of a long run."""
 
     def turn(dtype: str, stance: str) -> dict[str, float]:
         results = [update(dtype, stance) for _ in range(steps)]
