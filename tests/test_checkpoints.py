@@ -158,7 +158,7 @@ def test_checkpoint_cut_short_is_refused_by_name(tmp_path, cut):
 
 
 def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path):
-    """In the middle of a tensor, where nothing but the check sum can tell."""
+    """The bit is in the middle of a tensor, where only the check sum can tell."""
     path = save(tmp_path, 1)
     contents = bytearray(path.read_bytes())
     tensor = contents.find(struct.pack("<q", 1) * 1000)
@@ -183,7 +183,7 @@ def test_checkpoint_of_another_format_is_told_from_a_damaged_one(tmp_path):
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, PermissionError])
 def test_trouble_with_the_machine_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, error):
-    """Who is told to delete the file has lost a good one."""
+    """A user who is told to delete the file would lose a good one."""
     path = save(tmp_path, 1)
 
     def load(*args, **kwargs):

@@ -14,7 +14,7 @@ FINGERPRINT = "a tokenizer's"
 
 
 def write_folder(root, *, train=(100, 100, 57), val=(61,), vocab_size=VOCAB, dtype="uint16", first=0):
-    """A prepared folder written by hand, token ids first + 0, 1, 2, ...: a training token's id tells its position."""
+    """Write a prepared folder. Its ids are first + 0, 1, 2, ..., so the id of a training token tells its position."""
     root.mkdir(parents=True, exist_ok=True)
     shards, position = [], {"val": first, "train": first}
     for index, (split, tokens) in enumerate([("val", n) for n in val] + [("train", n) for n in train]):
@@ -234,7 +234,7 @@ def test_loader_processes_deliver_the_same_batches_in_the_same_order(stream):
 
 
 def mixture(tmp_path, weights=(0.7, 0.3)):
-    """Two folders, of 32 and of 11 windows of 8; ids of the second begin at 1024, the first's end before."""
+    """Two folders, with 32 and with 11 windows of 8 tokens. The ids of the second begin at 1024, beyond the first's."""
     write_folder(tmp_path / "a")
     write_folder(tmp_path / "b", train=(50, 43), val=(200,), first=1024)
     words = [f"{tmp_path / name}:{weight}" for name, weight in zip("ab", weights, strict=True)]

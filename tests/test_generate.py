@@ -117,7 +117,7 @@ def test_the_cache_is_allocated_once_for_just_the_positions_needed(dtype, monkey
 
 
 def test_a_model_cast_to_bf16_takes_ids_that_are_its_likeliest_without_a_cache_too():
-    """Likeliest but for rounding: sums of another order, rounded to 8 bits."""
+    """The ids are the likeliest up to rounding: sums in another order are rounded to 8 bits."""
     model = random_model().to(torch.bfloat16)
     for prompt, new in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=12, temperature=0), strict=True):
         with torch.no_grad():
@@ -278,7 +278,7 @@ def test_logits_in_bf16_are_drawn_from(top_p):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_nucleus_of_half_a_large_vocabulary_is_that_half(dtype):
-    """Sums of a hundred thousand small numbers must not lose them."""
+    """A sum of a hundred thousand small numbers must not lose them."""
     logits = torch.where(torch.arange(128_256) < 64_128, 2**-6, 0.0).to(dtype).expand(40, -1)
     ids = sample_next(logits, 1.0, 0.5, torch.Generator().manual_seed(0))
     assert ids.max() < 64_128
@@ -286,7 +286,7 @@ def test_a_nucleus_of_half_a_large_vocabulary_is_that_half(dtype):
 
 
 def nucleus_by_sorting(probabilities, top_p):
-    """A row's ids, likeliest first and of equals the lower first, up to the one with which they reach `top_p`."""
+    """The ids of a row whose sum reaches `top_p`: the likeliest first, and of equal ids the lower first."""
     ranked, ids = probabilities.sort(descending=True, stable=True)
     size = int((ranked.cumsum(-1) - ranked < top_p).sum())
     return ids[:size].tolist(), ranked[:size].tolist()
@@ -334,7 +334,7 @@ def test_same_seed_same_ids_other_seed_others():
 
 
 def test_a_generator_of_ones_own_leaves_the_global_one_alone():
-    """Training with samples on the way and without them must draw the same."""
+    """Training must draw the same numbers with samples on the way and without."""
     before = torch.get_rng_state()
     sampled(random_model(), 0)  # random_model() draws its initial weights from it
     torch.set_rng_state(before)
@@ -395,7 +395,7 @@ def test_same_seed_same_texts(model_of_bytes):
 
 
 def checkpoint_of(model):
-    """What train.py saves, of which generation reads the model and its configuration."""
+    """A checkpoint as train.py saves it. Generation reads only the model and its configuration."""
     return {
         "step": 7,
         "model": model.state_dict(),
@@ -431,7 +431,7 @@ def in_a_shell(*arguments):
 
 @pytest.fixture
 def in_process(monkeypatch, capsys):
-    """As `in_a_shell`, without waiting for another Python to import torch."""
+    """Like `in_a_shell`, but in this process, so that no other Python must import torch."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments), "--device", "cpu"])
@@ -499,7 +499,7 @@ def test_prompts_come_back_as_typed(prompt, run_dir, in_process):
 
 
 def test_a_prompt_whose_bytes_are_no_utf8_is_continued(run_dir, in_process):
-    """A shell may pass any bytes; Python shows such a one as a lone surrogate."""
+    """A shell may pass any bytes. Python shows a byte that is not UTF-8 as a lone surrogate."""
     status, out, _ = in_process("--checkpoint", run_dir, "--prompt", "a\udcffb", "--max_new_tokens", 2)
     assert status == 0
     assert out.startswith("a\ufffdb")

@@ -137,7 +137,7 @@ def test_bf16_is_taken_where_the_hardware_multiplies_it(monkeypatch, has_bf16):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the switches")
 def test_kept_memory_comes_without_page_faults():
-    """In a process of its own, which keeps its memory to its end."""
+    """It runs in a process of its own, because a process keeps the switches to its end."""
     lines = """
 import resource, torch
 from hardware import keep_freed_memory

@@ -40,7 +40,7 @@ ROW = {"ind": 1, "ctx": "A cat", "endings": ["sat.", "flew away.", "", "<|end_of
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """On tensors this small a second thread only waits, for seconds where other programs keep the cores busy."""
+    """With tensors this small a second thread only waits: for seconds, if other programs keep the cores busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +53,7 @@ def tokenizer():
 
 
 def random_model(config):
-    """A random model with opinions: at the scale of a fresh one all endings would be nearly as likely."""
+    """A random model with large weights. For a fresh model all endings are nearly equally likely."""
     torch.manual_seed(0)
     model = Transformer(config).eval()
     for parameter in model.parameters():
@@ -497,7 +497,7 @@ ENDINGS = [
 
 
 def lm_eval_rows():
-    """Each row with each label, so that being right tells which ending was chosen."""
+    """Each row with each label: the label that is right shows which ending was chosen."""
     for i, (row, endings, label) in enumerate(itertools.product(LM_EVAL_ROWS, ENDINGS, range(4))):
         yield {"ind": i, **row, "ctx": "not read", "endings": endings, "label": label}
 
@@ -554,7 +554,7 @@ def hugging_face_tokenizer(tokenizer, folder):
 
 
 def lm_eval_samples(model, tokenizer, data, folder):
-    """What lm-evaluation-harness says of each row of `data`: its hellaswag task with its rows from a file."""
+    """The results of lm-evaluation-harness for each row of `data`, from its hellaswag task with rows from a file."""
     lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lm-eval[hf]>=0.4.13,<0.5'")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -38,7 +38,7 @@ TEXTS = [
 
 
 def ids_of(texts, vocab_size=VOCAB):
-    """What the shards must hold: the tokenizer's other entry point, a document at a time."""
+    """The ids that the shards must hold, from the tokenizer's other method, a document at a time."""
     tokenizer = Tokenizer(vocab_size=vocab_size)
     return [i for text in texts for i in tokenizer.encode(text, bos=True, eos=True)]
 
@@ -61,7 +61,7 @@ def write(path, documents):
 
 
 def shard_ids(folder):
-    """The ids of every shard, in the order of the manifest; nothing but shards and manifest may be there."""
+    """The ids of every shard, in the order of the manifest. The folder must hold nothing else."""
     manifest = json.loads((folder / "manifest.json").read_text())
     files = [shard["file"] for shard in manifest["shards"]]
     assert sorted(os.listdir(folder)) == sorted([*files, "manifest.json"])
@@ -83,13 +83,13 @@ def run(source, out, **options):
 
 @pytest.fixture(autouse=True)
 def no_syncs(monkeypatch):
-    """That files reach the disk is test_files.py's business; here hundreds of syncs would only take their time."""
+    """test_files.py tests that files reach the disk. Here hundreds of syncs would only take time."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    """Hand two documents at a time to the tokenizer, where a real corpus hands two hundred."""
+    """Give two documents at a time to the tokenizer. A real corpus gives two hundred."""
     monkeypatch.setattr(sources, "BATCH_DOCUMENTS", 2)
 
 
@@ -243,7 +243,7 @@ if __name__ == "__main__":
 
 
 def run_script(path, source, *args, **kwargs):
-    """A script with a __main__ of its own, which the start methods forkserver and spawn import again."""
+    """Run a script with a __main__ of its own. The start methods forkserver and spawn import it again."""
     path.write_text(source)
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     # The limit is for a run that hangs; it takes a second.
@@ -463,7 +463,7 @@ def test_shards_of_a_killed_run_are_cleared(tmp_path):
 
 
 def test_shards_of_another_program_are_not_deleted(tmp_path):
-    """build-nanogpt's have the same names, and no manifest."""
+    """The shards of build-nanogpt have the same names, and no manifest."""
     write_leftovers(tmp_path / "out", 0, 1, 2)
     before = contents(tmp_path / "out")
     with pytest.raises(SourceError, match=r"edufineweb_train_000002\.npy: not of this preparation; choose another"):
@@ -481,7 +481,7 @@ class StopError(Exception):
 
 
 def stop_after(monkeypatch, batches):
-    """Let the source fail after so many batches, as the hub may; None: never again."""
+    """Let the source fail after so many batches, as the hub may. None: it does not fail."""
     read = sources.Files.__dict__.get("whole_read") or sources.Files.read
     monkeypatch.setattr(sources.Files, "whole_read", read, raising=False)
 

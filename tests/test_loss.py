@@ -28,7 +28,7 @@ def test_loss_counts_only_targets_that_are_ids():
 
 
 def test_gradients_of_a_scaled_loss_are_scaled():
-    """Accumulation divides the loss; a loss that works out its gradients by itself must pass that on."""
+    """Accumulation divides the loss. A loss that computes its own gradients must divide them too."""
     model = random_model()
     tokens, targets = random_tokens(2, 20), random_tokens(2, 20, seed=2)
     whole = torch.autograd.grad(model(tokens, targets), list(model.parameters()))
@@ -94,8 +94,8 @@ def test_slices_under_bf16_autocast_add_up_in_float32(monkeypatch):
 
 
 def test_a_target_that_is_nearly_certain_keeps_its_gradient_in_bf16():
-    """With p rounded to bfloat16 before 1 is taken away, 0 or a multiple would be left; and with 12 shares, which
-    bfloat16 does not hold exactly, each target would be pushed."""
+    """If p were rounded to bfloat16 before 1 is subtracted, the gradient would be 0 or far too large. A share of 1/12 is
+    rounded in bfloat16, too."""
     model = random_model()
     targets = random_tokens(1, 12)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_a_loss_goes_backward_only_once_and_says_so():
 
 
 def test_targets_that_all_do_not_count_have_no_mean():
-    """As with torch's own cross-entropy."""
+    """torch's own cross-entropy does the same."""
     model = random_model()
     assert model(random_tokens(1, 8), torch.full((1, 8), -100)).isnan()
 

@@ -42,7 +42,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Matrices this small gain nothing from a second thread, and on a busy machine wait for it ten times as long."""
+    """A second thread does not speed up matrices this small. On a busy machine waiting for it takes longer than all."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def one_thread():
 
 
 def random_model(seed=0, **changes):
-    """Weights far from the initialisation: with deviations of 0.02 all logits are near zero and nothing shows."""
+    """A model with large weights. With the initial deviation of 0.02 all logits are near zero, and hide defects."""
     model = place_model(Transformer(ModelConfig(**{**TINY, **changes})), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -65,15 +65,15 @@ def random_tokens(*shape, vocab_size=TINY["vocab_size"], seed=1):
 
 
 def halves_first(weight, n_heads):
-    """Rows of wq or wk in Hugging Face's order: of each head first the even rows, then the odd, because it rotates the
-    pairs (i, i + K/2) where Meta rotates (2i, 2i + 1)."""
+    """Rows of wq or wk in Hugging Face's order: in each head the even rows come first, then the odd rows. Hugging Face
+    rotates the pairs (i, i + K/2); Meta rotates the pairs (2i, 2i + 1)."""
     head_dim = len(weight) // n_heads
     order = [*range(0, head_dim, 2), *range(1, head_dim, 2)]
     return torch.cat([weight[head * head_dim : (head + 1) * head_dim][order] for head in range(n_heads)])
 
 
 def under_hf_names(tensors, config):
-    """Weights, or their gradients, by our names -> by Hugging Face's."""
+    """Rename weights, or their gradients, from our names to Hugging Face's."""
     names = {
         "attention.wq": "self_attn.q_proj",
         "attention.wk": "self_attn.k_proj",
@@ -239,7 +239,7 @@ LENGTHS = [
 
 
 def packed(seed=1):
-    """Rows of documents, each after a BOS but the first, whose beginning the window cut off."""
+    """Rows of documents. Each begins with a BOS, except the first: the window cut off its beginning."""
     tokens = random_tokens(3, 40, vocab_size=BOS, seed=seed)
     for row, lengths in zip(tokens, LENGTHS, strict=True):
         row[list(itertools.accumulate(lengths))[:-1]] = BOS
@@ -286,7 +286,7 @@ def test_packed_documents_have_the_logits_loss_and_gradients_of_each_one_alone(n
 
 
 def test_rotations_begin_anew_with_each_document():
-    """Attention sees distances alone, so logits would not tell; the tables beyond the longest document do."""
+    """Attention sees only distances, so the logits cannot show this. NaN beyond the longest document shows it."""
     model, tokens = random_model(), packed()[:1]
     with torch.no_grad():
         logits = model(tokens, positions=document_positions(tokens, BOS))

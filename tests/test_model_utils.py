@@ -57,7 +57,7 @@ def set_ranks(monkeypatch, local_rank: int, world_size: int) -> None:
 
 
 def test_processes_share_the_cores_that_they_may_use(monkeypatch):
-    """Not the machine's, of which a container or a batch job has a part."""
+    """A container or a batch job has only a part of the machine's cores."""
     set_ranks(monkeypatch, 1, 2)
     threads = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
@@ -135,7 +135,7 @@ def test_weights_cast_once_for_all_micro_steps_give_the_gradients_of_autocast(co
 
 
 def test_gradients_of_weights_cast_beforehand_do_not_wait_for_the_end_of_the_backward_pass():
-    """The last block's come first, so that data parallelism can send them while the others are computed."""
+    """The gradients of the last block come first, so DDP can send them while the others are computed."""
     model = Transformer(TINY)
     order = []
     for name, p in model.named_parameters():
@@ -158,7 +158,7 @@ def test_float32_needs_no_casts():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_forward_pass_after_an_update_sees_the_update(optimizer):
-    """torch's fused AdamW changes parameters without raising their version counter; the casts must be made anew."""
+    """Fused AdamW does not raise the version counter of a parameter. The casts must be made anew all the same."""
     torch.manual_seed(0)
     model, tokens = Transformer(TINY), torch.randint(512, (2, 16))
     optimizers = build_optimizers(model, replace(ORIGINAL, optimizer=optimizer, max_lr=0.01, muon_lr=0.1))

@@ -49,7 +49,7 @@ def test_schedule_without_warm_up_and_of_a_single_step(schedule):
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_learning_rates_are_plain_floats(schedule):
-    """They go into the optimizers' state: one of numpy's makes a checkpoint that weights_only refuses to load."""
+    """Rates are saved with the optimizers. `weights_only` refuses to load a checkpoint with a NumPy number."""
     assert {type(factor(step, schedule=schedule)) for step in (1, 10, 60, 110)} == {float}
 
 
@@ -116,7 +116,7 @@ def test_orthogonalised_matrices_keep_their_singular_vectors_and_lose_their_size
 
 @pytest.mark.parametrize("largest_batch", [Muon.LARGEST_BATCH, 900, 1])
 def test_muon_takes_the_steps_of_torchs(monkeypatch, largest_batch):
-    """Which rounds to bfloat16 on the way, so that the paths agree to three digits."""
+    """torch's Muon rounds to bfloat16 on the way, so the results agree to three digits."""
     monkeypatch.setattr(Muon, "LARGEST_BATCH", largest_batch)
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(16, 24), (40, 16), (16, 24), (16, 24), (16, 16)]]

@@ -72,7 +72,7 @@ def table_of(page, index=0):
 
 
 def axis(plot, x_or_y):
-    """Function from a position in percent to the value there, as the labels of the axis have it."""
+    """A function from a position in percent to the value there, according to the labels of the axis."""
     sizes = {"K": 1e3, "M": 1e6, "%": 0.01}
     labels = []
     for text in plot.findall("./text[@dy='18']" if x_or_y == "x" else "./text[@dy='4']"):

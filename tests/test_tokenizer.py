@@ -147,7 +147,7 @@ def random_strings(count, seed=0):
 
 
 def first_difference(a, b):
-    """Where two lists part: pytest's own diff of a hundred thousand ids takes minutes."""
+    """Where two lists begin to differ. pytest's own diff of a hundred thousand ids takes minutes."""
     if a == b:
         return None
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -228,7 +228,7 @@ def test_long_texts_have_metas_ids(name, ours, metas):
 
 @pytest.mark.parametrize("name", ["60000 letters", "60000 blanks", "a word across the 400000th character"])
 def test_the_cuts_of_long_texts_show_in_their_ids(name, ours):
-    """Else the test above would pass without any cut."""
+    """Otherwise the test above would pass without any cut."""
     whole = tiktoken.Encoding(
         "whole", pat_str=MetaTokenizer.pat_str, mergeable_ranks=load_tiktoken_bpe(str(DEFAULT_PATH)), special_tokens={}
     )
@@ -337,7 +337,7 @@ def test_decoding_takes_arrays_and_half_characters(ours):
 
 @pytest.fixture(scope="module", params=NESTED_SIZES)
 def nested(request):
-    """A cut-down tokenizer, and tiktoken's own of the same ranks."""
+    """A smaller tokenizer, and one that tiktoken makes of the same ranks."""
     ranks = load_tiktoken_bpe(str(DEFAULT_PATH))
     kept = {token: rank for token, rank in ranks.items() if rank < request.param - 256}
     peer = tiktoken.Encoding("peer", pat_str=MetaTokenizer.pat_str, mergeable_ranks=kept, special_tokens={})

@@ -54,7 +54,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Threads cost more than they bring at this size, and must be as many as in the subprocesses for equal bits."""
+    """One thread is fastest at this size. For equal bits the subprocesses must have the same number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -88,7 +88,7 @@ def tiny_corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def flags_for(tiny_corpus, tmp_path_factory):
-    """Maker of command lines: a run of a second into `out_dir`, with the fields that differ."""
+    """A function that returns the flags of a run of a second into `out_dir`, with the given changes."""
     questions = tmp_path_factory.mktemp("questions") / "hellaswag_val.jsonl"
     with open(questions, "w") as file:
         for label in range(4):
@@ -133,7 +133,7 @@ def flags_for(tiny_corpus, tmp_path_factory):
 
 
 def train_here(flags: list[str]) -> Result:
-    """train.main() in this process. It reads sys.argv and takes over two signals: both are put back."""
+    """Run train.main() in this process. It reads sys.argv and handles two signals; restore both afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     argv, sys.argv = sys.argv, [str(TRAIN), *flags]
     out, err = io.StringIO(), io.StringIO()
@@ -149,7 +149,7 @@ def train_here(flags: list[str]) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
-# Runs train.py as its own main program, with patches of torch in front that train.py knows nothing of.
+# Patches torch, then runs train.py as the main program. train.py does not know of the patches.
 DRIVER = """
 import os, runpy, sys
 from pathlib import Path
@@ -209,7 +209,7 @@ class Late(Recording):
 torch.nn.parallel.DistributedDataParallel = Late
 """
 
-# A signal from the inside, so that it comes at update 13 whatever the speed of the machine.
+# The process sends itself the signal, so it comes at update 13 on any machine.
 SIGTERM_AT_13 = """
 import signal
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -224,7 +224,7 @@ def terminate(optimizer, args, kwargs):
 register_optimizer_step_post_hook(terminate)
 """
 
-# Rank 1 alone is told to stop, and while step 10 is validated, when the ranks have agreed on all of that step already.
+# Only rank 1 gets the signal. It comes while step 10 is validated, after the ranks have agreed on that step.
 SIGTERM_IN_VALIDATION = """
 import dataloaders, signal
 validation_batches, calls = dataloaders.validation_batches, 0
@@ -275,7 +275,7 @@ def start_rank(script: Path, flags: list[str], port: int, rank: int, ranks: int,
 
 
 def launch(script: Path, flags: list[str], ranks: int) -> list[Result]:
-    """The environment that torchrun sets, without torchrun: seconds faster, and each rank's own status is seen."""
+    """Start ranks with torchrun's environment, but without torchrun. That is seconds faster, and shows each status."""
     port = free_port()
     processes = [start_rank(script, flags, port, rank, ranks, ranks_a_node=ranks) for rank in range(ranks)]
     try:
@@ -301,7 +301,7 @@ def checkpoint_of(out_dir: Path, step: int) -> dict:
 
 
 def copy_checkpoint(source: Path, step: int, out_dir: Path) -> Path:
-    """A fresh run directory that holds nothing but the checkpoint of one step."""
+    """Make a run directory that holds only the checkpoint of one step."""
     (out_dir / "checkpoints").mkdir(parents=True)
     name = f"checkpoints/step_{step:08d}.pt"
     shutil.copyfile(source / name, out_dir / name)
@@ -339,7 +339,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole_flags(flags_for):
-    """Flags of the uninterrupted runs and of all that must equal them."""
+    """Flags of the uninterrupted runs, and of the runs that must equal them."""
     return lambda out_dir, **changes: flags_for(
         out_dir, **{"save_every": 5, "keep_checkpoints": 100, "hellaswag_every": 20, "generate_every": 20} | changes
     )
@@ -418,7 +418,7 @@ def test_ranks_hold_the_same_bits_after_every_update(whole_of_two):
 
 
 def test_two_processes_train_what_one_trains_in_bf16_too(flags_for, tmp_path):
-    """Where the weights are cast beforehand, and swapped for the parameters under DDP's eyes."""
+    """In bf16 the forward pass uses casts of the weights instead of the parameters that DDP knows."""
     changes = {"dtype": "bfloat16", "max_steps": 3, "val_every": 0, "max_lr": 1e-2}
     script = driver(tmp_path / "drivers", RECORD)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
@@ -440,7 +440,7 @@ def test_gradients_are_sent_in_the_last_micro_step_of_each_update_alone(whole_of
 
 
 def test_a_sync_flag_set_after_the_forward_pass_would_be_seen(flags_for, tmp_path):
-    """The check of the hashes has teeth: under the original's defect the ranks drift apart."""
+    """The check of the hashes can fail: with the original's defect the ranks drift apart."""
     script = driver(tmp_path / "late", RECORD + LATE_SYNC)
     results = launch(script, flags_for(tmp_path / "run", max_steps=3, val_every=0), ranks=2)
     assert [result.status for result in results] == [0, 0], results
@@ -454,7 +454,7 @@ def test_a_sync_flag_set_after_the_forward_pass_would_be_seen(flags_for, tmp_pat
 
 @pytest.fixture(scope="module")
 def resumed(whole, whole_flags, tmp_path_factory) -> Path:
-    """Steps 21 to 40 from the checkpoint of step 20; rows beyond it had been written, the last one cut by a kill."""
+    """Steps 21 to 40, resumed from step 20. metrics.jsonl holds rows beyond step 20, and a kill cut the last one."""
     out_dir = copy_checkpoint(whole, 20, tmp_path_factory.mktemp("resumed") / "run")
     rows = (whole / "metrics.jsonl").read_text()
     (out_dir / "metrics.jsonl").write_text(rows[: rows.index('{"step": 33') + 25])
@@ -601,7 +601,7 @@ def test_sigterm_at_one_rank_stops_both_after_the_same_step(whole, whole_flags, 
 
 
 def test_ctrl_c_under_torchrun_saves_and_stops(flags_for, tmp_path):
-    """torchrun hands the signal on to its processes, once."""
+    """torchrun sends the signal on to its processes, once."""
     out_dir = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TRAIN)]
     flags = flags_for(out_dir, max_steps=100_000, val_every=0, save_every=0)
@@ -623,7 +623,7 @@ def test_ctrl_c_under_torchrun_saves_and_stops(flags_for, tmp_path):
 
 
 def test_a_step_is_saved_before_it_is_scored(flags_for, tmp_path, monkeypatch):
-    """HellaSwag may take longer than whoever asked the run to stop waits before it kills it."""
+    """HellaSwag may take longer than torchrun waits between a signal and a kill."""
 
     def killed(*args, **kwargs):
         raise SystemExit("killed")
@@ -652,7 +652,7 @@ def test_sigterm_during_an_evaluation_loses_no_step(flags_for, tmp_path, monkeyp
 
 
 def test_resume_without_a_checkpoint_begins_anew_and_has_each_row_once(flags_for, tmp_path):
-    """A run that was killed before its first checkpoint, started again by the same command with --resume True."""
+    """A run was killed before its first checkpoint. The same command with --resume True starts it again."""
     assert train_here(flags_for(tmp_path, max_steps=2, resume=True)).status == 0
     shutil.rmtree(tmp_path / "checkpoints")
     assert train_here(flags_for(tmp_path, max_steps=2, resume=True)).status == 0
@@ -774,7 +774,7 @@ def test_evaluation_rows_are_at_their_intervals(whole):
 
 
 def test_checkpoint_of_a_step_is_the_model_that_was_validated_after_it(whole, tiny_corpus):
-    """Saved before update 10, as the original did, it would have the loss of step 9."""
+    """The original saved before the update. Then the checkpoint would have the loss of step 9."""
     model, checkpoint = load_model(whole / "checkpoints/step_00000010.pt", "cpu")
     assert checkpoint["step"] == 10
     stream = TokenStream(tiny_corpus, "val", vocab_size=VOCAB)
@@ -899,8 +899,8 @@ def test_fresh_run_into_a_used_folder_moves_the_old_one_aside_whole(flags_for, t
 
 
 def test_checkpoints_in_a_folder_without_metrics_are_not_lost_either(whole, flags_for, tmp_path):
-    """A folder where someone put a checkpoint, or deleted the metrics: the old step 40 would count as the newest, and
-    the new run's own first checkpoints would be dropped, or the old one overwritten."""
+    """Someone put a checkpoint there, or deleted the metrics. If the old step 40 counted as the newest, the new run
+    would delete its own first checkpoints, or overwrite the old one."""
     old = files_in(copy_checkpoint(whole, STEPS, tmp_path / "run"))
     result = train_here(flags_for(tmp_path / "run", max_steps=3, save_every=1, keep_checkpoints=1))
     survivors = [contents for path in tmp_path.iterdir() for contents in files_in(path).values()]
@@ -1044,7 +1044,7 @@ def test_all_bad_fields_are_named_at_once_with_value_and_cure(flags_for, tmp_pat
 
 
 def test_total_batch_must_fit_batch_sequence_and_world_size(flags_for, tmp_path, monkeypatch):
-    """192 tokens are 3 micro-steps of 2 x 32 on one process, and no whole number of them on two."""
+    """192 tokens are 3 micro-steps of 2 x 32 on one process. On two processes they are one and a half."""
     flags = flags_for(tmp_path / "run", total_batch_size=192)
     assert read_config(flags, train.ORIGINAL, train.SAMPLE).total_batch_size == 192
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -1157,7 +1157,7 @@ def test_damaged_newest_checkpoint_is_named_and_not_skipped(whole, whole_flags, 
 
 
 def test_checkpoint_that_holds_no_run_to_resume_is_refused(whole, whole_flags, tmp_path):
-    """What convert_checkpoint.py makes has a model and no optimizers: a sentence, not a KeyError."""
+    """A file with a model and without optimizers gets a sentence, not a KeyError."""
     checkpoint = checkpoint_of(whole, 20)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     path = tmp_path / "run/checkpoints/step_00000020.pt"
@@ -1179,7 +1179,7 @@ def test_checkpoint_that_holds_no_run_to_resume_is_refused(whole, whole_flags, t
 def test_what_would_end_a_run_at_its_first_evaluation_is_refused_at_the_start(
     flags_for, tmp_path, monkeypatch, changes, word
 ):
-    """With the default interval that is 1,000 steps later, hours into a run."""
+    """With the default interval the first evaluation comes after 1,000 steps, hours into a run."""
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").touch()
     result = train_here(flags_for("run", max_steps=2, generate_every=2, hellaswag_every=2, **changes))
@@ -1188,7 +1188,7 @@ def test_what_would_end_a_run_at_its_first_evaluation_is_refused_at_the_start(
 
 
 def test_error_of_a_rank_that_is_not_the_first_is_printed(flags_for, tmp_path, monkeypatch):
-    """Two processes on a machine with one GPU: only rank 1 finds none left for itself."""
+    """Two processes share a machine with one GPU. Only rank 1 has no GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
@@ -1275,7 +1275,7 @@ def test_learning_rate_far_too_high_stops_the_run(flags_for, tmp_path):
 
 
 def test_model_broken_by_its_last_update_is_not_saved_as_a_good_one(flags_for, tmp_path):
-    """No further step is there to notice: the validation at the end must."""
+    """No further step can notice it. The validation at the end must."""
     with poisoned_update(3):
         result = train_here(flags_for(tmp_path, max_steps=3, save_every=2, val_every=0))
     assert_refused(result, "step 3", str(tmp_path / "checkpoints/step_00000002.pt"))
@@ -1318,7 +1318,7 @@ def test_full_disk_is_one_sentence_and_the_older_checkpoint_is_intact(flags_for,
 
 
 def test_full_disk_is_one_sentence_with_two_processes_too(flags_for, tmp_path):
-    """Only rank 0 writes; the other must hear of it, not find the connection closed."""
+    """Only rank 0 writes. The other rank must be told, not find the connection closed."""
     pytest.importorskip("resource")
     script = driver(tmp_path / "driver", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))")
     results = launch(script, flags_for(tmp_path / "run", max_steps=2, val_every=0), ranks=2)
