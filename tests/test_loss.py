@@ -94,8 +94,8 @@ def test_slices_under_bf16_autocast_add_up_in_float32(monkeypatch):
 
 
 def test_a_target_that_is_nearly_certain_keeps_its_gradient_in_bf16():
-    """If p were rounded to bfloat16 before 1 is subtracted, the gradient would be 0 or far too large. A share of 1/12 is
-    rounded in bfloat16, too."""
+    """If p were rounded to bfloat16 before 1 is subtracted, the gradient would be 0 or far too large. A share of 1/12
+    is rounded in bfloat16, too."""
     model = random_model()
     targets = random_tokens(1, 12)
     with torch.no_grad():
