@@ -1,134 +1,135 @@
-"""HellaSwag's validation split, downloaded and verified; or, offline, a small file in its format.
+"""HellaSwag's validation split, fetched and verified; or, offline, a small file in its format.
 
-    python load_hellaswag_dataset.py             10,042 rows into data/hellaswag/hellaswag_val.jsonl
-    python load_hellaswag_dataset.py --sample    200 rows from held-out documents of the sample corpus
+    python load_hellaswag_dataset.py                 10,042 rows into data/hellaswag/hellaswag_val.jsonl
+    python load_hellaswag_dataset.py --from FILE     the same rows from a local copy, of the old file or of the hub's
+    python load_hellaswag_dataset.py --sample        200 rows from held-out documents of the sample corpus
 
 A row of HellaSwag (Zellers et al., arXiv 1905.07830) has a context and four endings. One ending is true. A machine
-wrote the other three, to fool machines.
+wrote the other three, to fool machines. HellaSwag's own repository was closed in September 2026, so the rows come from
+the Hugging Face hub. A file beside the rows keeps their sha256, so that a later change is noticed.
 """
 
 import argparse
 import json
+import os
 import re
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import requests
-from requests.adapters import HTTPAdapter
-from tqdm import tqdm
-from urllib3.util import Retry
 
 from files import atomic_write, sha256_of
 from load_fineweb_dataset import SAMPLE_ROOT, SAMPLE_VOCAB_SIZE, prepare
 from shards import TokenStream
-from sources import SourceError
+from sources import SourceError, error_reason, http_status, reach_hub
 from tokenizer import Tokenizer
 
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+REPOSITORY = "Rowan/hellaswag"
+REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"
+HUB_FILE = "data/validation-00000-of-00001.parquet"
+HUB_SHA256 = "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"
+OLD_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # of hellaswag_val.jsonl on GitHub
 NUM_ROWS = 10_042
-SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 FILE_NAME = "hellaswag_val.jsonl"
+GONE = (401, 403, 404, 451)  # the hub answers, but does not give the file
 SAMPLE_FILE_NAME = "sample_continuations.jsonl"
 SAMPLE_ROWS = 200
 
-RETRY_SECONDS = (1, 2, 4, 8)  # pauses between attempts that bring nothing new
-TIMEOUT_SECONDS = 30  # without a byte
-BLOCK_BYTES = 2**16  # written at once; a connection that breaks loses at most this much
+
+# ---------------------------------------------------------------- HellaSwag
 
 
-def verify(path: Path, *, num_rows: int = NUM_ROWS, sha256: str = SHA256) -> None:
-    """Raises ValueError unless `path` holds HellaSwag's validation split, whole and unchanged."""
-    rows = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                json.loads(line)["endings"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"line {number} is no HellaSwag row (an error page, or cut short?)") from None
-            rows += 1
-    if rows != num_rows:
-        raise ValueError(f"it has {rows:,} rows instead of {num_rows:,}")
-    if sha256_of(path) != sha256:
-        raise ValueError(f"its sha256 is not {sha256[:12]}...")
+def download(out_dir: str | Path, source: str | Path | None = None) -> Path:
+    """Write the validation split into `out_dir`, unless it is there and unchanged. Return its path.
 
-
-def download(out_dir: str | Path, url: str = URL, **expected) -> Path:
-    """Fetch the validation split into `out_dir`, unless it is there and whole. Return its path.
-
-    If a connection breaks or the process is killed, what has come stays in a `.part` file and is not fetched again.
+    Args:
+        source: a local copy: the hub's parquet file, or the old `hellaswag_val.jsonl`. None fetches from the hub.
 
     Raises:
-        SourceError: it could not be fetched, or what came is something else and was deleted.
+        SourceError: the file could not be had, or is not HellaSwag's validation split.
+        OSError: the disk is full.
     """
     path = Path(out_dir) / FILE_NAME
-    part = path.with_name(f"{FILE_NAME}.part")
+    digest = path.with_name(f"{FILE_NAME}.sha256")
     if path.is_file():
-        try:
-            verify(path, **expected)
+        noted = digest.read_text().split()[:1] if digest.is_file() else [OLD_SHA256]
+        if noted == [sha256_of(path)]:
             return path
-        except ValueError as error:
-            print(f"{path}: {error}; fetching it again")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _fetch(url, part)
-        try:
-            verify(part, **expected)
-            with open(part, "rb") as whole, atomic_write(path) as file:
-                shutil.copyfileobj(whole, file)
-        finally:
-            part.unlink()  # it was copied, or it is not HellaSwag
-    except requests.RequestException as error:
-        cause = f"status {error.response.status_code}" if error.response is not None else type(error).__name__
-        raise SourceError(f"{url}: could not be fetched ({cause}); check the network, run this again") from error
-    except ValueError as error:
-        raise SourceError(f"{url}: what came is not HellaSwag: {error}; run this again") from error
-    finally:
-        if not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        print(f"{path}: changed since it was written, or not HellaSwag; writing it again")
+    rows = read_rows(fetch() if source is None else Path(source))
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with atomic_write(digest, "w") as file:
+        file.write(f"{sha256_of(path)}  {FILE_NAME}\n")  # as `sha256sum -c` reads it
     return path
 
 
-def _fetch(url: str, part: Path) -> None:
-    """Download into `part`, after what is there already. Raises requests.RequestException when retries do not help."""
-    # urllib3 waits as a Retry-After header asks. We handle broken connections: urllib3 would begin the file anew.
-    busy = Retry(total=5, connect=0, read=0, other=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
-    busy.raise_on_status = False  # return the last answer instead of raising
-    with requests.Session() as session:
-        session.mount(url, HTTPAdapter(max_retries=busy))
-        most, pauses = 0, iter(RETRY_SECONDS)
-        while True:
-            have = part.stat().st_size if part.is_file() else 0
-            # The range counts uncompressed bytes, so ask for no compression.
-            headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-            try:
-                with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
-                    goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                    if have and (response.status_code == 416 or (response.status_code == 206 and not goes_on)):
-                        part.unlink()  # the server's file does not begin like this
-                        continue
-                    response.raise_for_status()
-                    length = int(response.headers.get("Content-Length", 0))
-                    with (
-                        open(part, "ab" if have and goes_on else "wb", buffering=0) as file,
-                        tqdm(initial=file.tell(), total=file.tell() + length, unit="B", unit_scale=True) as progress,
-                    ):
-                        for block in response.iter_content(BLOCK_BYTES):
-                            progress.update(file.write(block))
-                return
-            except requests.HTTPError:
-                raise
-            except requests.RequestException as error:
-                size = part.stat().st_size if part.is_file() else 0
-                if size > most:
-                    most, pauses = size, iter(RETRY_SECONDS)
-                pause = next(pauses, None)
-                if pause is None or not size:  # nothing has come yet, so the user can simply start again
-                    raise
-                print(f"{url}: broke off ({type(error).__name__}); going on in {pause} s", file=sys.stderr)
-                time.sleep(pause)
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a local copy. Both kinds give the same rows: in the hub's file the label is a string.
+
+    Raises:
+        SourceError: the file is missing, or is neither of the two that are pinned here.
+    """
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file; give a copy of {FILE_NAME} or of the hub's {Path(HUB_FILE).name}")
+    found = sha256_of(path)
+    if found == HUB_SHA256:
+        import pyarrow.parquet  # here, not above: the import is slow
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    elif found == OLD_SHA256:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    else:
+        raise SourceError(
+            f"{path}: not HellaSwag's validation split (its sha256 is {found[:12]}..., not {HUB_SHA256[:12]}... of the "
+            f"hub's file or {OLD_SHA256[:12]}... of the old one); give an unchanged copy"
+        )
+    if len(rows) != NUM_ROWS:
+        raise SourceError(f"{path}: has {len(rows):,} rows instead of {NUM_ROWS:,}; give an unchanged copy")
+    return [row | {"label": int(row["label"])} for row in rows]
+
+
+def fetch() -> Path:
+    """Download the hub's file into the hub's cache, unless it is there. Return its path.
+
+    huggingface_hub retries, goes on in a file that broke off, and works offline from a filled cache (HF_HUB_OFFLINE=1).
+
+    Raises:
+        SourceError: the hub no longer has the file, cannot be reached, or sent something else.
+    """
+    import huggingface_hub
+
+    file = {"repo_id": REPOSITORY, "filename": HUB_FILE, "repo_type": "dataset", "revision": REVISION}
+    cached = huggingface_hub.try_to_load_from_cache(**file)
+    try:
+        if not isinstance(cached, str):
+            reach_hub()
+            cached = huggingface_hub.hf_hub_download(**file)
+    except Exception as error:  # huggingface_hub, httpx and requests all raise errors of their own
+        if getattr(error, "errno", None) is not None:  # a full or read-only disk
+            raise
+        raise SourceError(_failure(error)) from error
+    if sha256_of(cached) != HUB_SHA256:
+        os.remove(os.path.realpath(cached))  # the cache holds a link to it
+        raise SourceError(f"{REPOSITORY}: what the hub sent is not HellaSwag (another sha256); run this again")
+    return Path(cached)
+
+
+def _failure(error: Exception) -> str:
+    """Tell a file that is gone from a network that is down, and name the cure of each."""
+    status = http_status(error)
+    if status in GONE:
+        return (
+            f"{REPOSITORY}: the hub no longer gives this file (status {status}); pass --from FILE with a copy of "
+            f"{FILE_NAME}, or --sample for the offline sample"
+        )
+    return (
+        f"{REPOSITORY}: the hub could not be reached ({error_reason(error)}); check the network (and HF_ENDPOINT or "
+        "HF_HUB_OFFLINE, if set) and run this again; --from FILE and --sample need no network"
+    )
+
+
+# ---------------------------------------------------------------- the offline sample
 
 
 def write_sample(data_root: str | Path, path: str | Path, vocab_size: int = SAMPLE_VOCAB_SIZE) -> None:
@@ -166,7 +167,9 @@ def write_sample(data_root: str | Path, path: str | Path, vocab_size: int = SAMP
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", help="folder for the file (default: data/hellaswag; the sample: data/sample)")
-    parser.add_argument("--sample", action="store_true", help="write the offline sample instead; needs no network")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--from", dest="source", metavar="FILE", help=f"a local copy of {FILE_NAME} or the hub's file")
+    source.add_argument("--sample", action="store_true", help="write the offline sample instead; needs no network")
     args = parser.parse_args()
     try:
         if args.sample:
@@ -175,7 +178,7 @@ def main() -> int:
             write_sample(SAMPLE_ROOT, path)
             print(f"{path}: {SAMPLE_ROWS} rows in HellaSwag's format from the sample corpus; not HellaSwag")
         else:
-            path = download(args.out_dir or "data/hellaswag")
+            path = download(args.out_dir or "data/hellaswag", args.source)
             print(f"{path}: {NUM_ROWS:,} rows, verified")
     except (SourceError, ValueError, OSError) as error:
         print(f"load_hellaswag_dataset.py: {error}", file=sys.stderr)

@@ -233,7 +233,7 @@ class Hub(Source):
                 pause = None if _is_final(error) else next(pauses, None)
                 if pause is None:
                     raise self._failure(error) from error
-                print(f"{FINEWEB}: {_reason(error)}; trying again in {pause} s", file=sys.stderr)
+                print(f"{FINEWEB}: {error_reason(error)}; trying again in {pause} s", file=sys.stderr)
                 time.sleep(pause)
 
     def _read(self, first: int) -> Iterator[Sequence]:
@@ -281,12 +281,10 @@ class Hub(Source):
         Raises:
             SourceError: the hub cannot be reached, or does not have the files.
         """
-        import requests
         from huggingface_hub import constants, try_to_load_from_cache
 
         try:
-            # Ask once ourselves first: without a network the client would retry for half a minute.
-            requests.head(constants.ENDPOINT, timeout=30)
+            reach_hub()
             files = self.files
         except Exception as error:  # the same kinds as in read()
             raise self._failure(error) from error
@@ -302,30 +300,47 @@ class Hub(Source):
         from huggingface_hub import constants
 
         return SourceError(
-            f"{constants.ENDPOINT}: could not read {FINEWEB} ({_reason(error)}); check the network "
+            f"{constants.ENDPOINT}: could not read {FINEWEB} ({error_reason(error)}); check the network "
             "(and HF_ENDPOINT, if set) and run this again; --source sample needs no network"
         )
 
 
-def _response(error: Exception):
-    """The HTTP response behind an error, if there is one."""
-    return getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+def reach_hub() -> None:
+    """Ask the hub once, unless HF_HUB_OFFLINE is set. Without a network its client would retry for half a minute.
+
+    Raises:
+        requests.RequestException: nothing answers.
+    """
+    import requests
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        requests.head(constants.ENDPOINT, timeout=30)
+
+
+def http_status(error: Exception) -> int | None:
+    """The status of the HTTP response behind an error, None if no response came."""
+    response = getattr(error, "response", None)
+    if response is None:  # an error response is false
+        response = getattr(error.__cause__, "response", None)
+    return None if response is None else response.status_code
 
 
 def _is_final(error: Exception) -> bool:
     """Whether trying again cannot help: the hub refuses, or the disk is full."""
-    response = _response(error)
-    if response is not None:
-        return 400 <= response.status_code < 500 and response.status_code not in (408, 429)
+    status = http_status(error)
+    if status is not None:
+        return 400 <= status < 500 and status not in (408, 429)
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES)
 
 
-def _reason(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
+    """What went wrong on the way to the hub, in a few words."""
     import requests
 
-    response = _response(error)
-    if response is not None:
-        return f"status {response.status_code}"
+    status = http_status(error)
+    if status is not None:
+        return f"status {status}"
     if isinstance(error, requests.RequestException):
         return type(error).__name__  # its message is a nest of objects
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,342 +1,240 @@
+"""load_hellaswag_dataset.py: HellaSwag from the hub, played by a server on this machine; and the offline sample."""
+
 import hashlib
+import io
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub.constants
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from hub_server import Hub
 
 import load_hellaswag_dataset
-from hellaswag_utils import iterate_rows
+from hellaswag_utils import iterate_rows, load_examples
 from load_fineweb_dataset import SAMPLE_VOCAB_SIZE, prepare
-from load_hellaswag_dataset import download, write_sample
+from load_hellaswag_dataset import FILE_NAME, HUB_FILE, REPOSITORY, REVISION, download, write_sample
 from sources import SourceError
 from tokenizer import Tokenizer
 
-ROWS = [{"ctx": f"context {i}", "endings": ["a", "b", "c", "d"], "label": i % 4} for i in range(5)]
-LINES = [json.dumps(row).encode() + b"\n" for row in ROWS]
-CONTENT = b"".join(LINES)
-EXPECTED = {"num_rows": 5, "sha256": hashlib.sha256(CONTENT).hexdigest()}
-FILE_NAME = "hellaswag_val.jsonl"
-
-
-class Server:
-    """A web server on this machine that answers every request as it is told to, and counts them."""
-
-    def __init__(self):
-        self.status, self.body, self.length, self.requests = 200, CONTENT, None, 0
-        self.ranges, self.answers = [], []  # what was asked for; functions that answer the next requests
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                server.requests += 1
-                server.ranges.append(self.headers.get("Range"))
-                if server.answers:
-                    return server.answers.pop(0)(self)
-                self.send(server.status, server.body, Content_Length=server.length or len(server.body))
-
-            def send(self, status, body, **headers):
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name.replace("_", "-"), str(value))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args): ...
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/{FILE_NAME}"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def close(self):
-        self.http.shutdown()
-        self.thread.join()
-        self.http.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(load_hellaswag_dataset, "RETRY_SECONDS", (0, 0))
-    monkeypatch.setattr(load_hellaswag_dataset, "BLOCK_BYTES", 1)
-    server = Server()
-    yield server
-    server.close()
-
-
-# ---------------------------------------------------------------- the download
-
-
-def test_the_right_file_is_stored_unchanged(server, tmp_path):
-    path = download(tmp_path / "a" / "out", url=server.url, **EXPECTED)
-    assert path == tmp_path / "a" / "out" / FILE_NAME
-    assert path.read_bytes() == CONTENT
-    assert os.listdir(path.parent) == [FILE_NAME]
-
-
-def no_such_page(server):
-    server.status, server.body = 404, b"404: Not Found"
-
-
-def refused(server):
-    server.status, server.body = 403, CONTENT
-
-
-def page_of_html(server):  # a captive portal's: it says 200
-    server.body = b"<!DOCTYPE html>\n<html><body>Please log in</body></html>\n"
-
-
-def empty(server):
-    server.body = b""
-
-
-def half_a_row_in_full_length(server):  # the server itself holds half a file
-    server.body = CONTENT[:-10]
-
-
-def too_few_rows(server):
-    server.body = b"".join(LINES[:4])
-
-
-def too_many_rows(server):
-    server.body = CONTENT + LINES[0]
-
-
-def one_letter_different(server):
-    server.body = CONTENT.replace(b"context 3", b"context 8")
-
-
-def another_json(server):
-    server.body = b'{"message": "rate limit exceeded"}\n'
-
-
-FAULTS = [
-    (no_such_page, "status 404"),
-    (refused, "status 403"),
-    (page_of_html, "line 1 is no HellaSwag row"),
-    (empty, "0 rows instead of 5"),
-    (half_a_row_in_full_length, "line 5 is no HellaSwag row"),
-    (too_few_rows, "4 rows instead of 5"),
-    (too_many_rows, "6 rows instead of 5"),
-    (one_letter_different, f"sha256 is not {EXPECTED['sha256'][:12]}"),
-    (another_json, "line 1 is no HellaSwag row"),
+ROWS = [
+    {
+        "ind": i,
+        "activity_label": "Räume",
+        "ctx_a": f"context {i}",
+        "ctx_b": "",
+        "ctx": f"context {i}",
+        "endings": ["a", "b", "cé", "d"],
+        "source_id": f"activitynet~{i}",
+        "split": "val",
+        "split_type": "indomain",
+        "label": i % 4,
+    }
+    for i in range(5)
 ]
 
 
-@pytest.mark.parametrize(("fault", "message"), FAULTS)
-def test_anything_else_is_refused_and_nothing_left_behind(server, tmp_path, fault, message):
-    fault(server)
-    with pytest.raises(SourceError) as error:
-        download(tmp_path / "out", url=server.url, **EXPECTED)
-    assert str(error.value).startswith(f"{server.url}: ")
-    assert message in str(error.value)
-    assert str(error.value).endswith("run this again")
-    assert not (tmp_path / "out").exists()
+def old_file(rows=ROWS):
+    """The bytes of the jsonl file that lay on GitHub."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def test_no_server_is_refused_and_nothing_left_behind(tmp_path, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with pytest.raises(SourceError, match=r"could not be fetched .*; check the network, run this again"):
-        download(tmp_path / "out", url="http://127.0.0.1:9/", **EXPECTED)  # a port where nobody listens
-    assert not (tmp_path / "out").exists()
+def hub_file(rows=ROWS):
+    """The bytes of the hub's parquet file: there the label is a string."""
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"label": str(row["label"])} for row in rows]), file)
+    return file.getvalue()
 
 
-def test_a_good_file_is_not_fetched_again(server, tmp_path):
-    for _ in range(3):
-        download(tmp_path, url=server.url, **EXPECTED)
-    assert server.requests == 1
+HUB_BYTES, OLD_BYTES = hub_file(), old_file()
 
 
-@pytest.mark.parametrize("old", [b"", LINES[0], CONTENT[:-10], CONTENT.replace(b"3", b"8"), b"<html>\n", b"\xff\n"])
-def test_a_bad_file_is_replaced(server, tmp_path, old):
-    (tmp_path / FILE_NAME).write_bytes(old)
-    path = download(tmp_path, url=server.url, **EXPECTED)
-    assert path.read_bytes() == CONTENT
-    assert server.requests == 1
-    assert os.listdir(tmp_path) == [FILE_NAME]
+@pytest.fixture
+def pins(monkeypatch):
+    """Five rows of ours stand for the 10,042 of HellaSwag."""
+    monkeypatch.setattr(load_hellaswag_dataset, "HUB_SHA256", hashlib.sha256(HUB_BYTES).hexdigest())
+    monkeypatch.setattr(load_hellaswag_dataset, "OLD_SHA256", hashlib.sha256(OLD_BYTES).hexdigest())
+    monkeypatch.setattr(load_hellaswag_dataset, "NUM_ROWS", 5)
 
 
-@pytest.mark.parametrize(("fault", "message"), FAULTS)
-def test_a_bad_file_and_its_neighbours_are_kept_where_the_new_one_is_no_better(server, tmp_path, fault, message):
-    fault(server)
-    (tmp_path / FILE_NAME).write_bytes(LINES[0])
-    (tmp_path / "neighbour").write_bytes(b"mine")
-    with pytest.raises(SourceError):
-        download(tmp_path, url=server.url, **EXPECTED)
-    assert sorted(os.listdir(tmp_path)) == [FILE_NAME, "neighbour"]
-    assert (tmp_path / FILE_NAME).read_bytes() == LINES[0]
+@pytest.fixture
+def client(monkeypatch, tmp_path, pins):
+    """Point the real client at an address on this machine, with an empty cache."""
+
+    def point(endpoint):
+        monkeypatch.setenv("NO_PROXY", "*")
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+
+    return point
 
 
-def test_the_command_wants_all_of_hellaswag_and_fails_in_one_sentence(tmp_path, monkeypatch, capsys):
-    # A proxy that is not there: nothing leaves the machine, whatever network it has.
-    for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy", "https_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    (tmp_path / FILE_NAME).write_bytes(CONTENT)  # good rows, but not those of HellaSwag
-    monkeypatch.setattr(sys, "argv", ["load_hellaswag_dataset.py", "--out_dir", str(tmp_path)])
-    assert load_hellaswag_dataset.main() == 1
+@pytest.fixture
+def hub(client):
+    server = Hub({HUB_FILE: HUB_BYTES}, REPOSITORY, REVISION, "data")
+    client(f"http://127.0.0.1:{server.server_address[1]}")
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def main(monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", ["load_hellaswag_dataset.py", *map(str, flags)])
+    status = load_hellaswag_dataset.main()
     captured = capsys.readouterr()
-    assert "it has 5 rows instead of 10,042; fetching it again" in captured.out
-    (line,) = captured.err.splitlines()
-    assert line.startswith("load_hellaswag_dataset.py: https://raw.githubusercontent.com/rowanz/hellaswag/")
-    assert line.endswith("check the network, run this again")
-    assert (tmp_path / FILE_NAME).read_bytes() == CONTENT
+    return status, captured.out, captured.err
 
 
-# ---------------------------------------------------------------- broken off, and gone on with
-
-HALF = len(CONTENT) // 2
+# ---------------------------------------------------------------- from the hub
 
 
-def first_half(handler):
-    handler.send(200, CONTENT[:HALF], Content_Length=len(CONTENT))
+def test_rows_of_the_hub_become_the_old_files_rows(hub, tmp_path):
+    path = download(tmp_path / "a" / "out")
+    assert path == tmp_path / "a" / "out" / FILE_NAME
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == ROWS
+    assert sorted(os.listdir(path.parent)) == [FILE_NAME, f"{FILE_NAME}.sha256"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path.with_name(f"{FILE_NAME}.sha256").read_text() == f"{digest}  {FILE_NAME}\n"
 
 
-def rest(handler):
-    start = int(handler.headers["Range"].removeprefix("bytes=").rstrip("-"))
-    content_range = f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"
-    handler.send(206, CONTENT[start:], Content_Length=len(CONTENT) - start, Content_Range=content_range)
+def test_a_file_that_is_there_unchanged_is_not_fetched_again(hub, tmp_path):
+    for _ in range(3):
+        download(tmp_path / "out")
+    assert len([path for method, path, _ in hub.requests if method == "GET"]) == 1
 
 
-def stall(handler):
-    first_half(handler)
-    handler.wfile.flush()
-    time.sleep(1)
+def test_a_file_that_changed_since_is_written_again_from_the_cache(hub, tmp_path, capsys):
+    path = download(tmp_path / "out")
+    good, requests = path.read_bytes(), len(hub.requests)
+    path.write_bytes(good.replace(b"context 3", b"context 8"))
+    assert download(tmp_path / "out").read_bytes() == good
+    assert "changed since it was written" in capsys.readouterr().out
+    assert len(hub.requests) == requests
 
 
-def another_range(handler):
-    handler.send(206, CONTENT[:HALF], Content_Length=HALF, Content_Range=f"bytes 0-{HALF - 1}/{len(CONTENT)}")
+def test_a_filled_cache_needs_no_hub(hub, tmp_path, monkeypatch):
+    good = download(tmp_path / "out").read_bytes()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.trouble = lambda handler, number: pytest.fail("the hub was asked")
+    assert download(tmp_path / "other").read_bytes() == good
 
 
-def no_such_range(handler):
-    handler.send(416, b"", Content_Length=0, Content_Range=f"bytes */{len(CONTENT)}")
+def test_an_empty_cache_offline_names_the_cure(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match=r"could not be reached .*HF_HUB_OFFLINE, if set"):
+        download(tmp_path / "out")
+    assert not hub.requests and not (tmp_path / "out").exists()
 
 
-def whole(handler):
-    handler.send(200, CONTENT, Content_Length=len(CONTENT))
+@pytest.mark.parametrize("status", [401, 403, 404, 451])
+def test_a_file_that_the_hub_no_longer_has_is_told_from_a_network_that_is_down(hub, tmp_path, status):
+    hub.trouble = lambda handler, number: handler.path != "/" and (handler.answer(status) or True)
+    with pytest.raises(SourceError, match=rf"no longer gives this file \(status {status}\); pass --from FILE"):
+        download(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def a_few_more_bytes(handler):
-    start = int(handler.headers["Range"].removeprefix("bytes=").rstrip("-"))
-    content_range = f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"
-    size = len(CONTENT) - start
-    handler.send(206, CONTENT[start : start + 10], Content_Length=size, Content_Range=content_range)
+def test_a_network_that_is_down_is_told_in_one_sentence(client, tmp_path, monkeypatch, capsys):
+    client("http://127.0.0.1:9")  # a port where nobody listens
+    status, out, err = main(monkeypatch, capsys, "--out_dir", tmp_path / "out")
+    (line,) = err.splitlines()
+    assert (status, out) == (1, "")
+    assert line.startswith("load_hellaswag_dataset.py: Rowan/hellaswag: the hub could not be reached (ConnectionError)")
+    assert "check the network (and HF_ENDPOINT or HF_HUB_OFFLINE, if set) and run this again" in line
+    assert line.endswith("--from FILE and --sample need no network")
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("answers", "ranges"),
-    [
-        ([first_half, rest], [None, f"bytes={HALF}-"]),
-        ([stall, rest], [None, f"bytes={HALF}-"]),
-        ([first_half, whole], [None, f"bytes={HALF}-"]),  # a server that knows no ranges
-        ([first_half, another_range, whole], [None, f"bytes={HALF}-", None]),
-        ([first_half, no_such_range, whole], [None, f"bytes={HALF}-", None]),
-        (
-            [first_half, *[a_few_more_bytes] * 6, rest],  # more often than it asks in vain
-            [None, *[f"bytes={HALF + 10 * i}-" for i in range(7)]],
-        ),
-    ],
-)
-def test_a_broken_connection_is_gone_on_with_by_range(server, tmp_path, monkeypatch, answers, ranges):
-    monkeypatch.setattr(load_hellaswag_dataset, "TIMEOUT_SECONDS", 0.3)
-    server.answers = list(answers)
-    assert download(tmp_path, url=server.url, **EXPECTED).read_bytes() == CONTENT
-    assert server.ranges == ranges
-    assert os.listdir(tmp_path) == [FILE_NAME]
+def test_another_file_than_the_pinned_one_is_refused_and_not_kept_in_the_cache(hub, tmp_path):
+    hub.files = {HUB_FILE: hub_file(ROWS[:4])}
+    with pytest.raises(SourceError, match="what the hub sent is not HellaSwag"):
+        download(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    hub.files = {HUB_FILE: HUB_BYTES}
+    assert download(tmp_path / "out").is_file()
 
 
-def test_a_server_that_never_sends_the_rest_is_given_up_and_the_next_run_goes_on(server, tmp_path):
-    server.body, server.length = CONTENT[:HALF], len(CONTENT)
-    with pytest.raises(SourceError, match=r"could not be fetched .*; check the network, run this again"):
-        download(tmp_path, url=server.url, **EXPECTED)
-    assert os.listdir(tmp_path) == [f"{FILE_NAME}.part"]
-    assert server.requests == 3  # and after each of two pauses
-    server.answers, server.ranges = [rest], []
-    assert download(tmp_path, url=server.url, **EXPECTED).read_bytes() == CONTENT
-    assert server.ranges == [f"bytes={HALF}-"]
+def test_a_bad_file_and_its_neighbours_are_kept_where_the_hub_gives_no_better_one(hub, tmp_path):
+    hub.files = {}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / FILE_NAME).write_bytes(b"mine")
+    (tmp_path / "out" / "neighbour").write_bytes(b"mine too")
+    with pytest.raises(SourceError):
+        download(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
+        FILE_NAME: b"mine",
+        "neighbour": b"mine too",
+    }
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_server_is_asked_again_when_it_says(server, tmp_path, status):
-    times = []
-
-    def busy(handler):
-        times.append(time.monotonic())
-        handler.send(status, b"", Content_Length=0, Retry_After=1)
-
-    def after(handler):
-        times.append(time.monotonic())
-        whole(handler)
-
-    server.answers = [busy, after]
-    assert download(tmp_path, url=server.url, **EXPECTED).read_bytes() == CONTENT
-    assert times[1] - times[0] >= 1
+def test_a_busy_hub_is_asked_again(hub, tmp_path):
+    """huggingface_hub waits and repeats. The first request is our own."""
+    hub.trouble = lambda handler, number: number == 2 and (handler.answer(503, b"", Retry_After="0") or True)
+    assert download(tmp_path / "out").is_file()
+    assert len(hub.requests) > 3
 
 
-def test_a_part_of_something_else_is_thrown_away_with_what_followed(server, tmp_path):
-    (tmp_path / f"{FILE_NAME}.part").write_bytes(b"x" * HALF)
-    server.answers = [rest]
-    with pytest.raises(SourceError, match="what came is not HellaSwag"):
-        download(tmp_path, url=server.url, **EXPECTED)
-    assert not tmp_path.exists()
-    assert download(tmp_path, url=server.url, **EXPECTED).read_bytes() == CONTENT
+# ---------------------------------------------------------------- from a local copy
 
 
-FETCH = """
-import sys
-import load_hellaswag_dataset
-
-load_hellaswag_dataset.download.__defaults__ = (sys.argv.pop(1),)
-load_hellaswag_dataset.BLOCK_BYTES = 1
-sys.exit(load_hellaswag_dataset.main())
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="no SIGKILL")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_after_a_kill_or_ctrl_c_the_next_run_goes_on(server, tmp_path, number, status):
-    def half_and_signal(handler):
-        first_half(handler)
-        handler.wfile.flush()
-        time.sleep(0.3)  # until it is in the file
-        process.send_signal(number)
-        process.wait()
-
-    server.answers = [half_and_signal]
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(load_hellaswag_dataset.__file__), "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-c", FETCH, server.url, "--out_dir", str(tmp_path / "out")]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == status
-    assert "Traceback" not in error
-    assert number == signal.SIGKILL or "stopped; the same command goes on after what has come" in error
-    assert (tmp_path / "out" / f"{FILE_NAME}.part").read_bytes() == CONTENT[:HALF]
-    server.answers, server.ranges = [rest], []
-    assert download(tmp_path / "out", url=server.url, **EXPECTED).read_bytes() == CONTENT
-    assert server.ranges == [f"bytes={HALF}-"]
+@pytest.mark.parametrize("name", ["validation.parquet", FILE_NAME])
+def test_both_kinds_of_local_copies_give_the_same_examples(client, tmp_path, monkeypatch, capsys, name):
+    client("http://127.0.0.1:9")
+    (tmp_path / name).write_bytes(HUB_BYTES if name.endswith("parquet") else OLD_BYTES)
+    status, out, err = main(monkeypatch, capsys, "--from", tmp_path / name, "--out_dir", tmp_path / "out")
+    assert (status, err) == (0, "") and "5 rows, verified" in out
+    tokenizer = Tokenizer(vocab_size=600)
+    (tmp_path / "expected.jsonl").write_bytes(OLD_BYTES)
+    for style in ("gpt2", "lm-eval"):
+        examples = load_examples(tmp_path / "out" / FILE_NAME, tokenizer, style=style)
+        assert examples == load_examples(tmp_path / "expected.jsonl", tokenizer, style=style)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_a_full_disk_is_one_sentence(server, tmp_path, monkeypatch, capsys):
-    (tmp_path / f"{FILE_NAME}.part").symlink_to("/dev/full")
-    monkeypatch.setattr(download, "__defaults__", (server.url,))
-    monkeypatch.setattr(sys, "argv", ["load_hellaswag_dataset.py", "--out_dir", str(tmp_path)])
-    assert load_hellaswag_dataset.main() == 1
-    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+def test_the_old_file_in_its_place_is_taken_as_it_is(client, tmp_path):
+    client("http://127.0.0.1:9")
+    (tmp_path / FILE_NAME).write_bytes(OLD_BYTES)
+    assert download(tmp_path).read_bytes() == OLD_BYTES
+
+
+@pytest.mark.parametrize("content", [b"", OLD_BYTES[:-10], OLD_BYTES.replace(b"3", b"8"), b"<html>\n", HUB_BYTES[:-1]])
+def test_a_local_copy_that_is_not_hellaswag_is_refused(pins, tmp_path, content):
+    (tmp_path / "copy").write_bytes(content)
+    with pytest.raises(SourceError, match=r"copy: not HellaSwag's validation split .*; give an unchanged copy"):
+        download(tmp_path / "out", tmp_path / "copy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_local_copy_that_is_missing_is_named(pins, tmp_path, monkeypatch, capsys):
+    status, _, err = main(monkeypatch, capsys, "--from", tmp_path / "nowhere", "--out_dir", tmp_path / "out")
+    assert status == 1 and f"{tmp_path / 'nowhere'}: no such file; give a copy of {FILE_NAME}" in err
+
+
+def test_a_full_disk_is_one_sentence(pins, tmp_path, monkeypatch, capsys):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "copy").write_bytes(OLD_BYTES)
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = main(monkeypatch, capsys, "--from", tmp_path / "copy", "--out_dir", tmp_path / "out")
+    assert status == 1 and "No space left on device; make room" in err and len(err.splitlines()) == 1
+    assert not os.listdir(tmp_path / "out")
 
 
 def test_the_pins_are_those_of_hellaswag():
     assert load_hellaswag_dataset.NUM_ROWS == 10_042
-    assert load_hellaswag_dataset.SHA256 == "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+    assert load_hellaswag_dataset.REVISION == "218ec52e09a7e7462a5400043bb9a69a41d06b76"
+    assert load_hellaswag_dataset.HUB_SHA256 == "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"
+    assert load_hellaswag_dataset.OLD_SHA256 == "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 
 # ---------------------------------------------------------------- the offline sample

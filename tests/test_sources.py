@@ -1,7 +1,6 @@
 """The hub, played by a server on this machine and read by the real huggingface_hub client in a process of its own."""
 
 import hashlib
-import http.server
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hub_server import Hub
 
 from files import check_free_space
 from load_fineweb_dataset import prepare
@@ -37,80 +37,9 @@ def files(tmp_path_factory):
     return files
 
 
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, status, body=b"", **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        if "Content_Length" not in headers:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        hub, request_range = self.server, self.headers.get("Range")
-        hub.requests.append((self.command, self.path, request_range))
-        if hub.trouble and (answer := hub.trouble(self, len(hub.requests))):
-            return
-        listing = f"/api/datasets/{FINEWEB}/tree/{FINEWEB_REVISION}/{FINEWEB_FOLDER}"
-        resolve = f"/datasets/{FINEWEB}/resolve/{FINEWEB_REVISION}/"
-        path = self.path.partition("?")[0].replace("%2F", "/")
-        if path == "/":
-            self.answer(200)
-        elif path == listing or path.startswith(f"/api/datasets/{FINEWEB}/paths-info/"):
-            entries = [self.entry(name) for name in hub.files]
-            self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
-        elif path == f"/api/datasets/{FINEWEB}/revision/{FINEWEB_REVISION}":
-            answer = {"id": FINEWEB, "sha": FINEWEB_REVISION, "siblings": []}
-            self.answer(200, json.dumps(answer).encode(), Content_Type="application/json")
-        elif path.startswith(resolve) and (body := hub.files.get(path.removeprefix(resolve))):
-            size, status, headers = len(body), 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
-            headers |= {"X_Repo_Commit": FINEWEB_REVISION, "X_Linked_Size": str(size), "Accept_Ranges": "bytes"}
-            if request_range:
-                first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", request_range).groups()
-                last = min(int(last or size), size - 1)
-                status, body = 206, body[int(first) : last + 1]
-                headers["Content_Range"] = f"bytes {first}-{last}/{size}"
-            self.answer(status, body, **headers)
-        else:
-            self.answer(404, b"no such thing", X_Error_Code="EntryNotFound")
-
-    def do_POST(self):  # paths-info
-        names = self.rfile.read(int(self.headers["Content-Length"])).decode().replace("%2F", "/")
-        self.server.requests.append((self.command, self.path, names))
-        entries = [self.entry(name) for name in self.server.files if name in names]
-        self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
-
-    def entry(self, name):
-        body = self.server.files[name]
-        size = len(body) + self.server.wrong_size
-        lfs = {"oid": hashlib.sha256(body).hexdigest(), "size": size, "pointerSize": 134}
-        return {"type": "file", "oid": "0" * 40, "size": size, "path": name, "lfs": lfs}
-
-    def is_body_of(self, number):
-        return self.command == "GET" and self.path.startswith("/datasets/") and PATHS[number] in self.path
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, files):
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files, self.requests, self.trouble, self.wrong_size = files, [], None, 0
-
-
 @pytest.fixture
 def hub(files):
-    server = Hub(files)
+    server = Hub(files, FINEWEB, FINEWEB_REVISION, FINEWEB_FOLDER)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
