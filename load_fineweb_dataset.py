@@ -5,13 +5,14 @@
     python load_fineweb_dataset.py --max_tokens 300_000_000          its first 300 million tokens
     python load_fineweb_dataset.py --source sample                   Python's standard library; needs no network
     python load_fineweb_dataset.py --source a.jsonl.gz b.parquet c.txt --out_dir data/mine
-    python load_fineweb_dataset.py --verify                          check a prepared folder, to the last id
+    python load_fineweb_dataset.py --verify                          check every byte and id of a prepared folder
     python load_fineweb_dataset.py --stats                           what a prepared folder holds
 
-Every document becomes <|begin_of_text|> text <|end_of_text|>. All documents, in order, form one stream of ids, which is
-cut into shards of equal size. Shard 0 is for validation. The bytes depend on the source, the vocabulary and the shard
-size alone, not on the number of processes or on kills: after a kill, the same command goes on after the last whole
-shard. `manifest.json` is written last. It describes the folder and makes it complete.
+Every document becomes <|begin_of_text|> text <|end_of_text|>. All documents, in order, form one stream of ids. The
+stream is cut into shards of equal size. Shard 0 is for validation. The bytes of the shards depend only on the source,
+the vocabulary, the shard size and --max_tokens. The number of processes and kills do not change them. After a kill, the
+same command goes on after the last whole shard. `manifest.json` describes the folder. It is written last, so a folder
+with a manifest is complete.
 """
 
 import argparse
@@ -48,10 +49,10 @@ SAMPLE_ROOT = "data/sample"
 SAMPLE_VOCAB_SIZE = 4096
 SAMPLE_SHARD_SIZE = 2**17  # the validation shard is then 4% of a corpus of about 3 million tokens
 
-PROGRESS = "progress.json"  # says what is whole and where to go on, until the manifest takes its place
+PROGRESS = "progress.json"  # lists the whole shards and says where to go on; deleted after the manifest is written
 
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-WINDOW = 100  # tokens of a window of text that --stats shows
+WINDOW = 100  # tokens in each window of text that --stats shows
 
 
 def prepare(
@@ -65,20 +66,24 @@ def prepare(
     stream: bool = False,
     show_progress: bool = True,
 ) -> dict:
-    """Write the shards and the manifest of `source` into `out_dir`, after those that are there. Return the manifest.
+    """Write the shards and the manifest of `source` into `out_dir`. Return the manifest.
+
+    Whole shards of an earlier call stay, and this call goes on after them. A finished folder stays as it is.
 
     Args:
         source: ["fineweb-edu"], ["sample"], or paths of .jsonl, .jsonl.gz, .parquet and .txt files.
-        shard_size: tokens in every shard but the last. None: 100 million (the sample: 2^17). A corpus that is
-            smaller than that is then split: one tenth for validation, nine tenths for training.
-        max_tokens: stop after the document that reaches this many tokens.
+        vocab_size: number of ids, 512 to 128,256.
+        shard_size: tokens in every shard but the last. None: 100 million (the sample: 2^17). With None, a corpus
+            smaller than one shard is split: the first tenth for validation, the rest for training.
+        max_tokens: stop after the document that reaches this many tokens. None: read all documents.
         num_proc: worker processes. With 1 this process does the work.
         stream: read the hub's files over the network, without a copy on the disk.
 
     Raises:
-        SourceError: the source cannot be read, a worker died, or `out_dir` holds other data or another run's work.
-            Whole shards stay, and the same call goes on after them.
-        OSError: the disk is full, or has too little room for the result.
+        SourceError: the source cannot be read or has no text, a worker died, `out_dir` holds other data or damaged
+            shards, or another run is preparing it.
+        OSError: the disk is full, or it has too little room for the hub's files and their shards.
+        ValueError: `vocab_size` is out of range.
     """
     tokenizer, out_dir, opened = Tokenizer(vocab_size=vocab_size), Path(out_dir), open_source(source, stream=stream)
     recipe = {
@@ -95,7 +100,7 @@ def prepare(
         return _read_json(out_dir / MANIFEST, recipe)
     try:
         with lock_folder(out_dir):
-            if is_prepared(out_dir):  # the run that held the lock before has done it
+            if is_prepared(out_dir):  # the run that held the lock before has finished the folder
                 return _read_json(out_dir / MANIFEST, recipe)
             manifest = _write_shards(opened, out_dir, tokenizer, recipe, num_proc, show_progress)
             with atomic_write(out_dir / MANIFEST, "w") as file:
@@ -104,29 +109,29 @@ def prepare(
             return manifest
     except Timeout as error:
         raise SourceError(f"{out_dir}: another run is preparing it; wait for its end") from error
-    except UnicodeDecodeError as error:  # the workers are the first to decode the bytes of a parquet file
+    except UnicodeDecodeError as error:  # a parquet file's bytes are not decoded before `tokenize`
         raise SourceError(f"{opened.name}: not UTF-8 ({error.reason}); replace the file") from error
 
 
 @dataclass
 class Progress:
-    """What is in whole shards, and where to go on: at token `offset` of document number `document`."""
+    """Which shards are whole, and where to go on: at token `offset` of the document with number `document`."""
 
     document: int = 0
     offset: int = 0
-    odd_documents: dict[str, int] = field(default_factory=dict)  # before that one, by kind
-    shards: list[dict] = field(default_factory=list)  # as ShardWriter describes them
+    odd_documents: dict[str, int] = field(default_factory=dict)  # how many of each kind, before `document`
+    shards: list[dict] = field(default_factory=list)  # ShardWriter's descriptions of the whole shards
 
     @property
     def tokens(self) -> int:
-        """Tokens before that document."""
+        """Number of tokens before `document`."""
         return sum(shard["tokens"] for shard in self.shards) - self.offset
 
 
 def _write_shards(
     source: Source, out_dir: Path, tokenizer: Tokenizer, recipe: dict, num_proc: int, show_progress: bool
 ) -> dict:
-    """Write what is missing of the shards. Return the manifest."""
+    """Write the shards that are missing. Return the manifest."""
     progress, max_tokens = _load_progress(out_dir, recipe), recipe["max_tokens"]
     tokens = progress.tokens
     if isinstance(source, Hub):
@@ -137,22 +142,22 @@ def _write_shards(
         tqdm(total=max_tokens, initial=tokens, unit="token", unit_scale=True, disable=not show_progress) as bar,
         closing(tokenized(source, progress.document, tokenizer, num_proc)) as results,
     ):
-        for ids, lengths, odd in results:
+        for ids, lengths, notes in results:
             if max_tokens is not None and tokens >= max_tokens:
                 break
             ends = np.cumsum(lengths)
-            if max_tokens is not None and tokens + len(ids) >= max_tokens:
+            if max_tokens is not None and tokens + len(ids) >= max_tokens:  # cut after the document that reaches it
                 lengths = lengths[: np.searchsorted(ends, max_tokens - tokens) + 1]
                 ends = ends[: len(lengths)]
                 ids = ids[: ends[-1]]
-            written = progress.offset  # tokens of this batch that are in shards
+            written = progress.offset  # how many tokens of this batch are in shards already
             while written < len(ids):
                 piece = ids[written : written + shard_size - writer.filled]
                 writer.add(piece)
                 written += len(piece)
-                if not writer.filled:
-                    _save_progress(out_dir, recipe, _after(progress, ends, odd, written))
-            odd_documents = _add_odd(progress, odd, len(lengths))
+                if not writer.filled:  # the shard is full, and the writer has closed it
+                    _save_progress(out_dir, recipe, _progress_at_border(progress, ends, notes, written))
+            odd_documents = _count_odd_documents(progress, notes, len(lengths))
             progress = Progress(progress.document + len(lengths), 0, odd_documents, writer.shards)
             tokens += len(ids)
             bar.update(len(ids))
@@ -168,24 +173,29 @@ def _write_shards(
     }
 
 
-def _after(progress: Progress, ends: np.ndarray, odd: dict[int, str], written: int) -> Progress:
-    """The progress at a shard border that lies `written` tokens into a batch, whose documents end at `ends`."""
-    k = int(np.searchsorted(ends, written))  # the border is in document k of the batch, or at its end
+def _progress_at_border(progress: Progress, ends: np.ndarray, notes: dict[int, str], written: int) -> Progress:
+    """The progress when a shard ends after `written` tokens of a batch. `progress` is from the start of the batch.
+
+    ends: the number of tokens in the batch up to the end of each document. notes: those of `tokenize`.
+    """
+    k = int(np.searchsorted(ends, written))  # the shard ends inside document k of the batch, or with it
     if ends[k] == written:
         documents, offset = k + 1, 0
     else:
         documents, offset = k, written - (int(ends[k - 1]) if k else 0)
-    return Progress(progress.document + documents, offset, _add_odd(progress, odd, documents), progress.shards)
+    odd_documents = _count_odd_documents(progress, notes, documents)
+    # `progress.shards` is the writer's own list, so it has the new shard already.
+    return Progress(progress.document + documents, offset, odd_documents, progress.shards)
 
 
-def _add_odd(progress: Progress, odd: dict[int, str], documents: int) -> dict[str, int]:
-    """Counts of odd documents, by kind, with those among the first `documents` of a batch added."""
-    return dict(Counter(progress.odd_documents) + Counter(kind for i, kind in odd.items() if i < documents))
+def _count_odd_documents(progress: Progress, notes: dict[int, str], documents: int) -> dict[str, int]:
+    """How many odd documents of each kind `progress` and the first `documents` of the batch have together."""
+    return dict(Counter(progress.odd_documents) + Counter(kind for i, kind in notes.items() if i < documents))
 
 
 def _check_disk(source: Hub, out_dir: Path, recipe: dict, tokens: int) -> None:
-    """Raises OSError unless the disks hold what is still to be downloaded and written."""
-    # A smaller vocabulary makes more tokens of a text, up to a half more.
+    """Raises OSError unless the disks have room for what this run still has to download and write."""
+    # A smaller vocabulary makes more tokens of the same text. Expect up to a half more.
     expected = FINEWEB_TOKENS * 3 // 2 if recipe["dtype"] == "uint16" else FINEWEB_TOKENS
     expected = min(recipe["max_tokens"] or 10**15, expected)
     shard_bytes = (expected - tokens) * np.dtype(recipe["dtype"]).itemsize
@@ -193,17 +203,19 @@ def _check_disk(source: Hub, out_dir: Path, recipe: dict, tokens: int) -> None:
 
 
 def _load_progress(out_dir: Path, recipe: dict) -> Progress:
-    """The progress of an earlier run with the same recipe. Files that it does not count are deleted and written again.
+    """The progress of an earlier run with the same recipe, or of a new run.
+
+    Deletes temporary files and shards that progress.json does not list. The run writes those shards again.
 
     Raises:
-        SourceError: the folder holds other data, or a shard was damaged since.
+        SourceError: the folder holds other data, or a listed shard is missing or damaged.
     """
     progress = Progress()
     if (out_dir / PROGRESS).is_file():
         content = _read_json(out_dir / PROGRESS, recipe)
-        progress = Progress(**{field: content[field] for field in ("document", "offset", "odd_documents", "shards")})
+        progress = Progress(**{name: content[name] for name in ("document", "offset", "odd_documents", "shards")})
         _check_shards(out_dir, progress.shards)
-    # A kill may leave one shard that the progress does not count, or two where a single one was being split.
+    # A kill may leave one shard that is not listed yet, or two if the run was splitting its only shard.
     leftovers = {path.name for path in out_dir.glob("edufineweb_*.npy")} - {shard["file"] for shard in progress.shards}
     next_shards = {shard_name(len(progress.shards)), shard_name(len(progress.shards) + 1)}
     if foreign := leftovers - next_shards:
@@ -219,21 +231,21 @@ def _save_progress(out_dir: Path, recipe: dict, progress: Progress) -> None:
 
 
 def _read_json(path: Path, recipe: dict) -> dict:
-    """The manifest or the progress at `path`. Raises SourceError unless it is of this recipe."""
+    """The manifest or the progress in the file `path`. Raises SourceError if it has another recipe."""
     try:
         content = {**json.loads(path.read_text())}
     except (ValueError, TypeError) as error:
-        raise SourceError(f"{path}: not JSON as this writes it; delete {path.parent} and run this again") from error
-    different = [f"{k} {content.get(k)} there, {now} asked" for k, now in recipe.items() if content.get(k) != now]
-    if different:
+        raise SourceError(f"{path}: not a JSON object; delete {path.parent} and run this again") from error
+    differences = [f"{k} {content.get(k)} there, {now} asked" for k, now in recipe.items() if content.get(k) != now]
+    if differences:
         raise SourceError(
-            f"{path.parent}: holds other data ({'; '.join(different)}); choose another --out_dir, or delete it"
+            f"{path.parent}: holds other data ({'; '.join(differences)}); choose another --out_dir, or delete it"
         )
     return content
 
 
 def _check_shards(out_dir: Path, shards: list[dict]) -> None:
-    """Raises SourceError for a shard that is missing or has another length than when it was written."""
+    """Raises SourceError if a shard is missing or no longer has the length that it was written with."""
     for shard in shards:
         path = out_dir / shard["file"]
         try:
@@ -245,7 +257,13 @@ def _check_shards(out_dir: Path, shards: list[dict]) -> None:
 
 
 def stats(folder: str | Path) -> str:
-    """How many documents of which lengths, how many bytes a token, and three random windows of text."""
+    """A text about a prepared folder: its documents and their lengths, bytes per token, three random windows of text.
+
+    Lengths are in tokens, with the two control ids.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is not prepared, or a file is damaged.
+    """
     folder, manifest = Path(folder), read_manifest(folder)
     tokenizer = Tokenizer(vocab_size=manifest["vocab_size"])
     begins, position = [], 0
@@ -280,15 +298,15 @@ def main() -> int:
     add = parser.add_argument
     add("--source", nargs="+", default=["fineweb-edu"], help="fineweb-edu, sample, or paths (default: fineweb-edu)")
     add("--out_dir", help="folder for the shards (default: data/ and the source's name)")
-    add("--vocab_size", type=int, help="ids, 512 to 128256 (default: 128256; the sample: 4096)")
+    add("--vocab_size", type=int, help="number of ids, 512 to 128256 (default: 128256; the sample: 4096)")
     add("--shard_size", type=int, help="tokens in a shard (default: 100 million; the sample: 131072)")
     add("--max_tokens", type=int, help="stop after the document that reaches this many tokens (default: all)")
     add("--num_proc", type=int, default=num_cores(), help="worker processes (default: one a core)")
     add("--stream", action="store_true", help="read FineWeb-Edu over the network, without a copy on the disk")
     add(
-        "--verify", action="store_true", help="only re-hash every shard of --out_dir and check every id; 1 if not whole"
+        "--verify", action="store_true", help="only check every hash and id of --out_dir; exit status 1 if one is wrong"
     )
-    add("--stats", action="store_true", help="only show what the documents of --out_dir are like")
+    add("--stats", action="store_true", help="only show the lengths and some text of --out_dir's documents")
     args = parser.parse_args()
     for name in ("shard_size", "max_tokens", "num_proc"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -1,12 +1,13 @@
-"""HellaSwag's validation split, fetched and verified; or, offline, a small file in its format.
+"""Fetch and verify HellaSwag's validation split. Or, without a network, write a small file in its format.
 
     python load_hellaswag_dataset.py                 10,042 rows into data/hellaswag/hellaswag_val.jsonl
-    python load_hellaswag_dataset.py --from FILE     the same rows from a local copy, of the old file or of the hub's
+    python load_hellaswag_dataset.py --from FILE     the same rows from a local copy of the old or the hub's file
     python load_hellaswag_dataset.py --sample        200 rows from held-out documents of the sample corpus
 
-A row of HellaSwag (Zellers et al., arXiv 1905.07830) has a context and four endings. One ending is true. A machine
-wrote the other three, to fool machines. HellaSwag's own repository was closed in September 2026, so the rows come from
-the Hugging Face hub. A file beside the rows keeps their sha256, so that a later change is noticed.
+A row of HellaSwag (Zellers et al., arXiv 1905.07830) has a context and four endings. One ending is true. A language
+model wrote the other three, and the authors selected them to fool models. HellaSwag's own repository was closed in
+September 2026, so the rows come from the Hugging Face hub. The script writes their sha256 into a file beside them. The
+next run compares it, and so notices a change.
 """
 
 import argparse
@@ -31,7 +32,7 @@ HUB_SHA256 = "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"
 OLD_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # of hellaswag_val.jsonl on GitHub
 NUM_ROWS = 10_042
 FILE_NAME = "hellaswag_val.jsonl"
-GONE = (401, 403, 404, 451)  # the hub answers, but does not give the file
+GONE = (401, 403, 404, 451)  # statuses of a hub that answers, but does not give the file
 SAMPLE_FILE_NAME = "sample_continuations.jsonl"
 SAMPLE_ROWS = 200
 
@@ -40,35 +41,38 @@ SAMPLE_ROWS = 200
 
 
 def download(out_dir: str | Path, source: str | Path | None = None) -> Path:
-    """Write the validation split into `out_dir`, unless it is there and unchanged. Return its path.
+    """Write the validation split into `out_dir`, unless it is there and unchanged. Return the path of the file.
 
     Args:
-        source: a local copy: the hub's parquet file, or the old `hellaswag_val.jsonl`. None fetches from the hub.
+        source: a local copy of the hub's parquet file or of the old `hellaswag_val.jsonl`. None: fetch from the hub.
 
     Raises:
-        SourceError: the file could not be had, or is not HellaSwag's validation split.
-        OSError: the disk is full.
+        SourceError: the file could not be fetched, or it is not HellaSwag's validation split.
+        OSError: the disk is full or read-only.
     """
     path = Path(out_dir) / FILE_NAME
-    digest = path.with_name(f"{FILE_NAME}.sha256")
+    digest_file = path.with_name(f"{FILE_NAME}.sha256")
     if path.is_file():
-        noted = digest.read_text().split()[:1] if digest.is_file() else [OLD_SHA256]
-        if noted == [sha256_of(path)]:
+        # Without a digest file only the old file is accepted: the user may have put it there.
+        expected = digest_file.read_text().split()[:1] if digest_file.is_file() else [OLD_SHA256]
+        if expected == [sha256_of(path)]:
             return path
         print(f"{path}: changed since it was written, or not HellaSwag; writing it again")
     rows = read_rows(fetch() if source is None else Path(source))
     with atomic_write(path, "w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with atomic_write(digest, "w") as file:
-        file.write(f"{sha256_of(path)}  {FILE_NAME}\n")  # as `sha256sum -c` reads it
+    with atomic_write(digest_file, "w") as file:
+        file.write(f"{sha256_of(path)}  {FILE_NAME}\n")  # the format that `sha256sum -c` reads
     return path
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a local copy. Both kinds give the same rows: in the hub's file the label is a string.
+    """The rows of a local copy of the hub's file or of the old file.
+
+    The labels of the hub's file are strings. They become ints, so both files give the same rows.
 
     Raises:
-        SourceError: the file is missing, or is neither of the two that are pinned here.
+        SourceError: the file is missing, or its sha256 is neither HUB_SHA256 nor OLD_SHA256.
     """
     if not path.is_file():
         raise SourceError(f"{path}: no such file; give a copy of {FILE_NAME} or of the hub's {Path(HUB_FILE).name}")
@@ -90,12 +94,13 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def fetch() -> Path:
-    """Download the hub's file into the hub's cache, unless it is there. Return its path.
+    """Download the hub's file into huggingface_hub's cache, unless it is there. Return its path.
 
-    huggingface_hub retries, goes on in a file that broke off, and works offline from a filled cache (HF_HUB_OFFLINE=1).
+    huggingface_hub retries and resumes a broken download. With a filled cache no network is needed.
 
     Raises:
-        SourceError: the hub no longer has the file, cannot be reached, or sent something else.
+        SourceError: the hub no longer has the file, cannot be reached, or sent another file.
+        OSError: the disk is full or read-only.
     """
     import huggingface_hub
 
@@ -105,18 +110,18 @@ def fetch() -> Path:
         if not isinstance(cached, str):
             reach_hub()
             cached = huggingface_hub.hf_hub_download(**file)
-    except Exception as error:  # huggingface_hub, httpx and requests all raise errors of their own
-        if getattr(error, "errno", None) is not None:  # a full or read-only disk
+    except Exception as error:  # huggingface_hub, httpx and requests have no common error class
+        if getattr(error, "errno", None) is not None:  # the disk is full or read-only
             raise
         raise SourceError(_failure(error)) from error
     if sha256_of(cached) != HUB_SHA256:
-        os.remove(os.path.realpath(cached))  # the cache holds a link to it
+        os.remove(os.path.realpath(cached))  # `cached` may be a link: remove the file itself
         raise SourceError(f"{REPOSITORY}: what the hub sent is not HellaSwag (another sha256); run this again")
     return Path(cached)
 
 
 def _failure(error: Exception) -> str:
-    """Tell a file that is gone from a network that is down, and name the cure of each."""
+    """The message for a failed download. It says whether the file or the network is gone, and names the cure."""
     status = http_status(error)
     if status in GONE:
         return (
@@ -133,10 +138,14 @@ def _failure(error: Exception) -> str:
 
 
 def write_sample(data_root: str | Path, path: str | Path, vocab_size: int = SAMPLE_VOCAB_SIZE) -> None:
-    """Write rows in HellaSwag's format from the validation shard of the prepared sample corpus into `path`.
+    """Write SAMPLE_ROWS rows in HellaSwag's format into `path`, from the validation shard of the folder `data_root`.
 
-    A row's context is up to 300 characters of source. Its true ending is the 50 to 80 characters that follow. The three
-    other endings follow other contexts of the held-out documents. The same corpus gives the same rows.
+    The context of a row is 150 to 299 characters of a document. The true ending is the next 50 to 79 characters. The
+    three other endings are the true endings of other rows. The same shard gives the same rows.
+
+    Raises:
+        FileNotFoundError: the folder is not prepared.
+        ValueError: the folder is damaged, has another vocabulary, or has too little text.
     """
     tokenizer = Tokenizer(vocab_size=vocab_size)
     stream = TokenStream(data_root, "val", vocab_size=vocab_size, fingerprint=tokenizer.fingerprint)
@@ -144,7 +153,7 @@ def write_sample(data_root: str | Path, path: str | Path, vocab_size: int = SAMP
     begins, ends = np.flatnonzero(ids == tokenizer.bos_id), np.flatnonzero(ids == tokenizer.eos_id)
     documents = [tokenizer.decode(ids[b + 1 : e].tolist()) for b, e in zip(begins, ends, strict=False)]
 
-    pairs = []  # (context, ending), cut at a space between two words
+    pairs = []  # of a context and its true ending, cut at a space between two words
     for document in documents:
         for cut in re.finditer(r"(?<=\S) (?=\S)", document):
             context = document[max(0, cut.start() - 300) : cut.start()].partition("\n")[2]
@@ -184,7 +193,7 @@ def main() -> int:
         print(f"load_hellaswag_dataset.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("load_hellaswag_dataset.py: stopped; the same command goes on after what has come", file=sys.stderr)
+        print("load_hellaswag_dataset.py: stopped; run the same command to go on", file=sys.stderr)
         return 130
     return 0
 

@@ -1,7 +1,7 @@
 """Where documents come from: FineWeb-Edu on the Hugging Face hub, files of your own, or the sample corpus.
 
-A source numbers its documents from 0. Its `revision` pins their order. A source can be read from any number on, so a
-preparation goes on after a kill, and a download after a lost connection.
+A source numbers its documents from 0. Its `revision` pins their order. Reading can start at any number. So a
+preparation goes on after a kill, and a download goes on after a lost connection.
 """
 
 import errno
@@ -27,62 +27,62 @@ from files import sha256_of
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 FINEWEB_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 FINEWEB_FOLDER = "sample/10BT"  # 9,672,101 documents in 14 parquet files of 28.5 GB
-FINEWEB_TOKENS = 10_000_000_000  # about, in Llama 3's whole vocabulary
+FINEWEB_TOKENS = 10_000_000_000  # about, with Llama 3's whole vocabulary
 
-# Tests differ between installations. encodings/ and pydoc_data/ hold tables and prose. The others are not the library.
+# Installations differ in their tests. encodings/ and pydoc_data/ hold tables and prose. The others are not the library.
 SAMPLE_EXCLUDED = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 SAMPLE_EXCLUDED |= {"site-packages", "dist-packages", "__pycache__"}
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-BATCH_DOCUMENTS = 200  # that many web pages are nearly a megabyte
-BATCH_BYTES = 2**20  # a batch of long documents holds fewer: a larger batch does not fit the processors' caches
-STREAM_BLOCK = 2**24  # bytes of a request
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts that bring nothing new; after the last, give up
+BATCH_DOCUMENTS = 200  # most documents in a batch: 200 web pages are nearly a megabyte
+BATCH_BYTES = 2**20  # long documents make shorter batches, because larger ones do not fit the processors' caches
+STREAM_BLOCK = 2**24  # bytes per request
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses after attempts that bring no new document; after the last, give up
 
 T = TypeVar("T")
 
 
 class SourceError(Exception):
-    """A source cannot be read. The message is one sentence with the cure."""
+    """A source cannot be read. The message is one sentence and names the cure."""
 
 
 class Source:
-    """Numbered documents. `name` says which they are, and `revision` pins their content and order."""
+    """Documents, numbered from 0. `name` says which documents they are. `revision` pins their content and order."""
 
     name: str
     revision: str
 
     def read(self, first: int = 0) -> Iterator[Sequence]:
-        """The documents from number `first` on, in batches: lists, or arrow arrays.
+        """Yields the documents from number `first` on, in batches. A batch is a list or an arrow array.
 
         A document is a str. A broken row may hold anything else.
 
         Raises:
-            SourceError: the source cannot be read, or not to its end.
+            SourceError: the source cannot be read, or the reading failed before its end.
         """
         raise NotImplementedError
 
 
 def open_source(words: list[str], *, stream: bool = False) -> Source:
-    """The source that the words of --source name.
+    """Make the source for the words after --source.
 
     Args:
         words: ["fineweb-edu"], ["sample"], or paths of .jsonl, .jsonl.gz, .parquet and .txt files.
         stream: read the hub's files over the network, without a copy on the disk.
 
     Raises:
-        SourceError: there is no such file, or its format is not read here.
+        SourceError: a file is missing or has an unknown suffix, or `stream` is set and the source is not the hub.
     """
     if words == ["fineweb-edu"]:
         return Hub(stream)
     if stream:
-        raise SourceError(f"--stream reads from the hub, and --source {' '.join(words)} is not there; leave it out")
+        raise SourceError(f"--stream reads from the hub; leave it out with --source {' '.join(words)}")
     if words == ["sample"]:
         return Sample()
     paths = [Path(word) for word in words]
     for path in paths:
         if not path.name.endswith(SUFFIXES):
-            raise SourceError(f"{path}: name fineweb-edu or sample alone, or files that end in {', '.join(SUFFIXES)}")
+            raise SourceError(f"{path}: give fineweb-edu or sample alone, or files that end in {', '.join(SUFFIXES)}")
         if not path.is_file():
             raise SourceError(f"{path}: no such file; give paths of existing files")
     return Files(paths)
@@ -92,7 +92,7 @@ def open_source(words: list[str], *, stream: bool = False) -> Source:
 
 
 class Sample(Source):
-    """The source code of Python's standard library: real text that is on every machine already."""
+    """The source code of Python's standard library: real text that every machine already has."""
 
     name = "sample"
     revision = f"Python {platform.python_version()}"
@@ -101,10 +101,10 @@ class Sample(Source):
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = [p.relative_to(root) for p in root.rglob("*.py")]
         names = [path.as_posix() for path in paths if not SAMPLE_EXCLUDED & set(path.parts)]
-        # The order of hashes is a shuffle that is the same on every machine. So the held-out shard is like the rest.
+        # Shuffle the files, so that the held-out shard is like the others. Hashes give every machine the same order.
         names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
         texts = [(root / name).read_text(encoding="utf-8", errors="replace") for name in names]
-        texts = list(dict.fromkeys(texts))  # a text that two files share must not be both held out and trained on
+        texts = list(dict.fromkeys(texts))  # drop copies: a held-out text must not be in the training shards too
         yield from (texts[i : i + BATCH_DOCUMENTS] for i in range(first, len(texts), BATCH_DOCUMENTS))
 
 
@@ -112,7 +112,7 @@ class Sample(Source):
 
 
 class Files(Source):
-    """Files, one after the other. A .txt is one document. A .jsonl has a document a line, a .parquet one a row."""
+    """Files, one after the other. A document is a whole .txt file, a line of a .jsonl, or a row of a .parquet."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -124,29 +124,29 @@ class Files(Source):
             batches = {".txt": _text_batches, ".parquet": _parquet_batches}.get(path.suffix, _jsonl_batches)
             try:
                 first = yield from batches(path, first)
-            except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow raises ValueErrors
+            except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: pyarrow's ArrowInvalid is one
                 reason = " ".join(str(error).split())  # on one line
                 raise SourceError(f"{path}: cannot be read ({reason}); replace the file") from error
 
 
-# Each reader yields batches of a file's documents from number `first` on. If the file has fewer documents than `first`,
-# the reader returns how many of the `first` remain to be skipped in the next files.
+# Each reader yields the documents of a file in batches, without the first `skip` documents. It returns how many
+# documents the next files must skip: more than 0 if this file has fewer than `skip`.
 
 
-def _text_batches(path: Path, first: int) -> Generator[Sequence, None, int]:
-    if not first:
+def _text_batches(path: Path, skip: int) -> Generator[Sequence, None, int]:
+    if not skip:
         yield [path.read_text(encoding="utf-8", errors="replace")]
-    return max(0, first - 1)
+    return max(0, skip - 1)
 
 
-def _jsonl_batches(path: Path, first: int) -> Generator[Sequence, None, int]:
+def _jsonl_batches(path: Path, skip: int) -> Generator[Sequence, None, int]:
     batch, size = [], 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            if first:
-                first -= 1
+            if skip:
+                skip -= 1
                 continue
             try:
                 batch.append(json.loads(line)["text"])
@@ -158,37 +158,37 @@ def _jsonl_batches(path: Path, first: int) -> Generator[Sequence, None, int]:
                 batch, size = [], 0
     if batch:
         yield batch
-    return first
+    return skip
 
 
-def _parquet_batches(path: str | Path, first: int, file: IO | None = None) -> Generator[Sequence, None, int]:
-    """`file` holds the bytes if they are not in a local file `path`. Messages then still name `path`."""
+def _parquet_batches(path: str | Path, skip: int, file: IO | None = None) -> Generator[Sequence, None, int]:
+    """Read the local file `path`, or `file` if it is given. Error messages name `path` in both cases."""
     import pyarrow.parquet  # here, not above: the import is slow, and workers do not need it
 
-    # Many small reads instead of whole row groups keep the memory the same for files of any shape.
+    # Many small reads, not whole row groups: so the memory needed does not depend on the size of the row groups.
     with pyarrow.parquet.ParquetFile(file or path, buffer_size=2**20, pre_buffer=False) as parquet:
         if "text" not in parquet.schema_arrow.names:
             names = ", ".join(parquet.schema_arrow.names)
-            raise SourceError(f"{path}: no column 'text', only {names}; rename yours")
+            raise SourceError(f"{path}: no column 'text', only {names}; rename the column of texts")
         groups = list(range(parquet.num_row_groups))
-        while groups and first >= (rows := parquet.metadata.row_group(groups[0]).num_rows):
-            first -= rows
+        while groups and skip >= (rows := parquet.metadata.row_group(groups[0]).num_rows):
+            skip -= rows
             del groups[0]
         if not groups:
-            return first
+            return skip
         group_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
-        rows = BATCH_BYTES * parquet.metadata.num_rows // max(1, group_bytes)
+        rows = BATCH_BYTES * parquet.metadata.num_rows // max(1, group_bytes)  # rows of average size in BATCH_BYTES
         rows = max(1, min(rows, BATCH_DOCUMENTS))
         for batch in parquet.iter_batches(rows, row_groups=groups, columns=["text"]):
             column = batch.column(0)
-            if first >= len(column):
-                first -= len(column)
+            if skip >= len(column):
+                skip -= len(column)
                 continue
-            if first or column.nbytes > 4 * BATCH_BYTES:
-                yield from ([document] for document in column[first:].to_pylist())
-                first = 0
+            if skip or column.nbytes > 4 * BATCH_BYTES:  # a part of a batch, or documents far above the average size
+                yield from ([document] for document in column[skip:].to_pylist())
+                skip = 0
             else:
-                yield column  # as an arrow array: a worker receives it without a Python object for every document
+                yield column  # not a list: an arrow array reaches a worker without a Python object per document
     return 0
 
 
@@ -196,10 +196,10 @@ def _parquet_batches(path: str | Path, first: int, file: IO | None = None) -> Ge
 
 
 class Hub(Source):
-    """FineWeb-Edu's 10-billion-token sample, through huggingface_hub.
+    """FineWeb-Edu's 10-billion-token sample, read with huggingface_hub.
 
-    That client waits as a 429 asks for, repeats requests that fail with 5xx, and resumes a file that broke off. Where
-    it gives up, this class tries again after the last document that came, with growing pauses.
+    That client waits as long as a status 429 asks for, repeats requests that fail with a 5xx status, and resumes a
+    broken download. If the client gives up, this class pauses and goes on after the last document. The pauses grow.
     """
 
     name = f"{FINEWEB} {FINEWEB_FOLDER}"
@@ -210,7 +210,7 @@ class Hub(Source):
 
     @cached_property
     def files(self) -> list:
-        """The parquet files in order: `RepoFile`s with path, size and lfs.sha256."""
+        """The hub's list of the parquet files, in order: `RepoFile`s with path, size and lfs.sha256."""
         import huggingface_hub
 
         files = huggingface_hub.HfApi().list_repo_tree(
@@ -229,29 +229,29 @@ class Hub(Source):
                 return
             except SourceError:
                 raise
-            except Exception as error:  # huggingface_hub, fsspec, httpx and pyarrow all raise errors of their own
+            except Exception as error:  # huggingface_hub, fsspec, httpx and pyarrow have no common error class
                 pause = None if _is_final(error) else next(pauses, None)
                 if pause is None:
                     raise self._failure(error) from error
                 print(f"{FINEWEB}: {error_reason(error)}; trying again in {pause} s", file=sys.stderr)
                 time.sleep(pause)
 
-    def _read(self, first: int) -> Iterator[Sequence]:
+    def _read(self, skip: int) -> Iterator[Sequence]:
         files = list(self.files)
-        while files and first:  # of whole files before `first`, only the footers are fetched
+        while files and skip:  # fetch only the footers of files to be skipped: they have the numbers of rows
             rows = self._num_rows(files[0])
-            if first < rows:
+            if skip < rows:
                 break
-            first -= rows
+            skip -= rows
             del files[0]
         if self.stream:
             for file in files:
                 with self._open(file) as remote:
-                    first = yield from _parquet_batches(file.path, first, remote)
+                    skip = yield from _parquet_batches(file.path, skip, remote)
         else:
-            # The next file is downloaded while this one is read.
+            # The thread of read_ahead downloads the next files while this one is read.
             for path in filter(None, read_ahead(map(self._download, files), 1)):
-                first = yield from _parquet_batches(path, first)
+                skip = yield from _parquet_batches(path, skip)
 
     def _open(self, file) -> IO:
         from huggingface_hub import HfFileSystem
@@ -266,32 +266,32 @@ class Hub(Source):
             return pyarrow.parquet.read_metadata(remote).num_rows
 
     def _download(self, file) -> str:
-        """Fetch a file into the hub's cache, unless it is there. Return its path."""
+        """Download a file into huggingface_hub's cache, unless it is there. Return its path. OSError: it is damaged."""
         import huggingface_hub
 
         path = huggingface_hub.hf_hub_download(FINEWEB, file.path, repo_type="dataset", revision=self.revision)
         if os.path.getsize(path) != file.size or sha256_of(path) != file.lfs.sha256:
-            os.remove(os.path.realpath(path))  # the cache holds a link to it
+            os.remove(os.path.realpath(path))  # `path` may be a link: remove the file itself
             raise OSError(f"{file.path} came damaged")
         return path
 
     def disk_needed(self, max_tokens: int | None) -> list[tuple[Path, int]]:
-        """Pairs of a folder and the bytes that the download takes there before `max_tokens` are reached.
+        """Pairs of a folder and the bytes to be downloaded into it until `max_tokens` are read (None: all tokens).
 
         Raises:
-            SourceError: the hub cannot be reached, or does not have the files.
+            SourceError: the hub cannot be reached, or it does not list the files.
         """
         from huggingface_hub import constants, try_to_load_from_cache
 
         try:
             reach_hub()
             files = self.files
-        except Exception as error:  # the same kinds as in read()
+        except Exception as error:  # as in read(), no common error class
             raise self._failure(error) from error
         if self.stream:
             return []
         share = 1 if max_tokens is None else min(1, max_tokens / FINEWEB_TOKENS)
-        files = files[: math.ceil(share * len(files)) + 2]  # and two files ahead: one waits, one is being downloaded
+        files = files[: math.ceil(share * len(files)) + 2]  # +2: one file waits, one is being downloaded
         cached = {"repo_id": FINEWEB, "revision": self.revision, "repo_type": "dataset"}
         missing = [f for f in files if not try_to_load_from_cache(filename=f.path, **cached)]
         return [(Path(constants.HF_HUB_CACHE), sum(file.size for file in missing))]
@@ -306,10 +306,10 @@ class Hub(Source):
 
 
 def reach_hub() -> None:
-    """Ask the hub once, unless HF_HUB_OFFLINE is set. Without a network its client would retry for half a minute.
+    """Send the hub one request, unless HF_HUB_OFFLINE is set. huggingface_hub would retry for about 30 s.
 
     Raises:
-        requests.RequestException: nothing answers.
+        requests.RequestException: no answer came. An answer with an error status raises nothing.
     """
     import requests
     from huggingface_hub import constants
@@ -319,15 +319,15 @@ def reach_hub() -> None:
 
 
 def http_status(error: Exception) -> int | None:
-    """The status of the HTTP response behind an error, None if no response came."""
+    """The status of the HTTP response that caused an error. None if no response came."""
     response = getattr(error, "response", None)
-    if response is None:  # an error response is false
+    if response is None:  # not `or`: a response with an error status is falsy
         response = getattr(error.__cause__, "response", None)
     return None if response is None else response.status_code
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether trying again cannot help: the hub refuses, or the disk is full."""
+    """Whether another attempt cannot help: the hub refuses, the disk is full, or a file may not be written."""
     status = http_status(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 429)
@@ -335,19 +335,23 @@ def _is_final(error: Exception) -> bool:
 
 
 def error_reason(error: Exception) -> str:
-    """What went wrong on the way to the hub, in a few words."""
+    """A few words that say why the hub could not be read: a status, or the kind of error."""
     import requests
 
     status = http_status(error)
     if status is not None:
         return f"status {status}"
     if isinstance(error, requests.RequestException):
-        return type(error).__name__  # its message is a nest of objects
+        return type(error).__name__  # its message is a long chain of nested errors
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def read_ahead(items: Iterable[T], size: int) -> Iterator[T | None]:
-    """The items, which a thread draws up to `size` ahead of the consumer. Yields None for a second without an item."""
+    """Yields the items, which a thread reads ahead: `size` items wait, and the thread reads one more.
+
+    After each second without an item it yields None, so that the caller can do something else. Raises what `items`
+    raises.
+    """
     queue: Queue = Queue(size)
     stopped = Event()
 
@@ -358,7 +362,7 @@ def read_ahead(items: Iterable[T], size: int) -> Iterator[T | None]:
             except Full:
                 continue
 
-    def draw() -> None:
+    def fill_queue() -> None:
         try:
             for item in items:
                 put(item, None)
@@ -368,7 +372,7 @@ def read_ahead(items: Iterable[T], size: int) -> Iterator[T | None]:
         except BaseException as error:
             put(None, error)
 
-    Thread(target=draw, daemon=True).start()  # a daemon, so that Ctrl-C does not wait for a download
+    Thread(target=fill_queue, daemon=True).start()  # a daemon: Ctrl-C does not wait for a download
     try:
         while True:
             try:
@@ -382,7 +386,7 @@ def read_ahead(items: Iterable[T], size: int) -> Iterator[T | None]:
                 raise error
             yield item
     finally:
-        stopped.set()
+        stopped.set()  # ends the thread, even if the caller stops early
 
 
 if __name__ == "__main__":

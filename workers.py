@@ -1,9 +1,9 @@
-"""Documents -> ids on all cores: batches are read ahead, tokenized side by side, and returned in order.
+"""Documents -> ids on all cores. Batches are read ahead, tokenized in parallel, and returned in order.
 
-We start the processes ourselves. The processes of a concurrent.futures pool share one pipe for their results: if one
-is killed while it writes, the pool waits for ever for the rest of its result. Here each worker has a pipe of its own,
-which closes when the worker ends. Workers are spawned, not forked: this process has threads, and a fork may inherit a
-lock that a thread holds.
+This file does not use a pool of concurrent.futures. The processes of such a pool share one pipe for their results. If
+one of them is killed while it writes a result, the pool waits forever for the rest. Here each worker has its own
+pipe, which closes when the worker ends. Workers are spawned, not forked. This process has threads, and a forked process
+may inherit a lock that a thread holds.
 """
 
 import multiprocessing
@@ -24,54 +24,56 @@ from shards import token_dtype
 from sources import Source, SourceError, read_ahead
 from tokenizer import Tokenizer
 
-BATCHES_AHEAD = 64  # about a megabyte each: workers stay busy while a shard is synced to the disk
-LEFT_OUT = ("empty", "null", "not a string")  # kinds of documents that are left out; the manifest counts them
+BATCHES_AHEAD = 64  # each about a megabyte; they keep the workers busy while this process syncs a shard to the disk
+LEFT_OUT = ("empty", "null", "not a string")  # notes of the documents that get no ids; the manifest counts them
 
 
 def tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """All ids of the documents, one document after the other; the length of each; a note, by number, for each odd one.
+    """Returns all ids (N,), the number of ids of each document (D,), and a note for each odd document, by its index.
+
+    A document that is empty, null or not a string has 0 ids.
 
     Args:
-        documents: a list, or an arrow array.
+        documents: a list or an arrow array of D documents.
 
     Raises:
         UnicodeDecodeError: the bytes of the array are not UTF-8.
     """
     documents = documents if isinstance(documents, list) else documents.to_pylist()
-    ids, lengths, odd = [np.empty(0, dtype=np.uint32)], [], {}
+    ids, lengths, notes = [np.empty(0, dtype=np.uint32)], [], {}
     for i, document in enumerate(documents):
         pieces: list[np.ndarray] = []
         if document is None:
-            odd[i] = "null"
+            notes[i] = "null"
         elif not isinstance(document, str):
-            odd[i] = "not a string"
+            notes[i] = "not a string"
         elif not document:
-            odd[i] = "empty"
+            notes[i] = "empty"
         else:
             try:
                 pieces = tokenizer.encode_document(document)
                 if len(pieces) > 3:
-                    odd[i] = "too long for one piece"
-            except UnicodeEncodeError:
+                    notes[i] = "too long for one piece"
+            except UnicodeEncodeError:  # lone surrogates, which only `encode` replaces
                 pieces = [np.array(tokenizer.encode(document, bos=True, eos=True), dtype=np.uint32)]
-                odd[i] = "lone surrogates replaced"
+                notes[i] = "lone surrogates replaced"
         ids += pieces
         lengths.append(sum(map(len, pieces)))
-    return np.concatenate(ids, dtype=token_dtype(tokenizer.vocab_size), casting="unsafe"), np.array(lengths), odd
+    return np.concatenate(ids, dtype=token_dtype(tokenizer.vocab_size), casting="unsafe"), np.array(lengths), notes
 
 
 class Worker:
-    """A process that tokenizes, and this end of its pipe."""
+    """A process that tokenizes batches, and this process's end of its pipe."""
 
     def __init__(self, vocab_size: int):
         context = multiprocessing.get_context("spawn")
-        self.connection, child_end = context.Pipe()
-        self.process = context.Process(target=_work, args=(child_end, vocab_size), daemon=True)
+        self.connection, child_connection = context.Pipe()
+        self.process = context.Process(target=_answer_batches, args=(child_connection, vocab_size), daemon=True)
         self.process.start()
-        child_end.close()
+        child_connection.close()
 
     def tokenize(self, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """`tokenize` in the worker. Raises what `tokenize` raises, and SourceError if the process died."""
+        """`tokenize` in the worker process. Raises what `tokenize` raises, and SourceError if the process died."""
         try:
             _send(self.connection, documents)
             answer = _receive(self.connection)
@@ -83,7 +85,7 @@ class Worker:
             raise self.death() from error
 
     def death(self) -> SourceError:
-        """The error that tells how the process died."""
+        """The error to raise for a process that died. Its message names the signal or the exit status."""
         code = self.process.exitcode
         cause = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
         return SourceError(
@@ -92,11 +94,11 @@ class Worker:
         )
 
 
-def _work(connection: Connection, vocab_size: int) -> None:
-    """What a worker does until its pipe closes: tokenize each batch that comes, and send the answer."""
+def _answer_batches(connection: Connection, vocab_size: int) -> None:
+    """Runs in the worker process until its pipe closes: tokenizes each batch it receives, and sends back the result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows does not inherit this from _interrupts_ignored
     tokenizer = Tokenizer(vocab_size=vocab_size)
-    with suppress(EOFError, OSError):  # the parent process has ended
+    with suppress(EOFError, OSError):  # these say that the parent process has ended
         while True:
             try:
                 answer = tokenize(tokenizer, _receive(connection))
@@ -106,7 +108,7 @@ def _work(connection: Connection, vocab_size: int) -> None:
 
 
 def _send(connection: Connection, message: object) -> None:
-    """`connection.send`, but texts and ids are sent from where they lie. A pickle would copy them once more."""
+    """Like `connection.send`, but the data of arrow and NumPy arrays is not copied into a pickle first."""
     buffers: list[pickle.PickleBuffer] = []
     connection.send((pickle.dumps(message, protocol=5, buffer_callback=buffers.append), len(buffers)))
     for buffer in buffers:
@@ -114,16 +116,17 @@ def _send(connection: Connection, message: object) -> None:
 
 
 def _receive(connection: Connection) -> Any:
+    """The next message that `_send` sent at the other end."""
     message, num_buffers = connection.recv()
     return pickle.loads(message, buffers=[connection.recv_bytes() for _ in range(num_buffers)])
 
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C while workers start, so that they inherit this and ignore it from their first moment.
+    """Ignore Ctrl-C while workers start. They inherit this, so they ignore Ctrl-C from their first moment.
 
-    Ctrl-C reaches the whole process group, but this process alone shall answer it. A worker that is interrupted while
-    it imports would show a traceback. This process ignores Ctrl-C for milliseconds.
+    A terminal sends Ctrl-C to all processes of the group, but only this process must react to it. Otherwise a worker
+    that is importing modules would print a traceback. This process ignores Ctrl-C for a few milliseconds.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield
@@ -138,13 +141,13 @@ def _interrupts_ignored() -> Iterator[None]:
 def tokenized(
     source: Source, first: int, tokenizer: Tokenizer, num_proc: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
-    """`tokenize` of the source's batches from document number `first` on, by `num_proc` processes, in order.
+    """Yields the result of `tokenize` for each batch of the source, in order, from document number `first` on.
 
     Args:
-        num_proc: number of workers. With 1 this process does the work.
+        num_proc: number of worker processes. With 1 this process does the work.
 
     Raises:
-        SourceError: the source cannot be read, or a process died.
+        SourceError: the source cannot be read, or a worker died.
         UnicodeDecodeError: a document of the source is not UTF-8.
     """
     if num_proc == 1:
@@ -157,7 +160,7 @@ def tokenized(
         idle.put(worker)
 
     def tokenize_in_worker(batch: Sequence) -> tuple:
-        worker = idle.get()  # never waits: there are as many threads as workers
+        worker = idle.get()  # never waits: there is a worker for each thread
         try:
             return worker.tokenize(batch)
         finally:
@@ -168,27 +171,27 @@ def tokenized(
             if not worker.process.is_alive():
                 raise worker.death()
 
-    def result(future: Future) -> tuple:
+    def wait_for(future: Future) -> tuple:
         while not wait([future], timeout=1).done:
-            check_workers()  # the worker of a later batch may have died
+            check_workers()  # a worker that has a later batch may have died
         return future.result()
 
     threads = ThreadPoolExecutor(num_proc)
-    ahead: deque[Future] = deque()
+    pending: deque[Future] = deque()  # the results to come, in the order of the batches
     try:
         with closing(read_ahead(source.read(first), 4)) as batches:
             for batch in batches:
-                if batch is None:  # the source brought nothing for a second
+                if batch is None:  # the source gave no batch for a second
                     check_workers()
                 else:
-                    ahead.append(threads.submit(tokenize_in_worker, batch))
-                while ahead and (ahead[0].done() or len(ahead) > BATCHES_AHEAD + num_proc):
-                    yield result(ahead.popleft())
-        while ahead:
-            yield result(ahead.popleft())
+                    pending.append(threads.submit(tokenize_in_worker, batch))
+                while pending and (pending[0].done() or len(pending) > BATCHES_AHEAD + num_proc):
+                    yield wait_for(pending.popleft())
+        while pending:
+            yield wait_for(pending.popleft())
     finally:
         for worker in workers:
-            worker.process.terminate()
+            worker.process.terminate()  # its pipe closes, so no thread waits for it any longer
         threads.shutdown(cancel_futures=True)
 
 
