@@ -43,9 +43,6 @@ def stream(folder):
     return open_stream(folder)
 
 
-# ---------------------------------------------------------------- the stream
-
-
 # ---------------------------------------------------------------- the order
 
 
@@ -77,7 +74,7 @@ def test_shuffled_differs_by_seed_and_by_epoch():
         assert all(sum(a == b for a, b in zip(one, other, strict=True)) < 20 for other in orders[:i])
 
 
-def test_shuffled_values_do_not_depend_on_what_is_asked_with_them():
+def test_a_shuffled_value_does_not_depend_on_the_other_indices_in_the_call():
     whole = shuffled(np.arange(100), 100, seed=5, epoch=2)
     assert shuffled(np.arange(100).reshape(4, 5, 5), 100, seed=5, epoch=2).tolist() == whole.reshape(4, 5, 5).tolist()
     assert [int(shuffled(np.array(i), 100, seed=5, epoch=2)) for i in range(100)] == whole.tolist()
@@ -102,7 +99,7 @@ def test_the_order_is_the_one_of_earlier_runs(n, seed, epoch, first):
 
 # ---------------------------------------------------------------- training batches
 
-T = 8  # 257 training tokens: 32 windows of 8 and the last target, an epoch that 12 windows a step do not divide
+T = 8  # 257 training tokens are 32 windows of 8 and the last target. 32 windows are not a whole number of steps of 12.
 WINDOWS, PER_STEP = 32, 12
 
 
@@ -118,7 +115,7 @@ def consumed(stream, world_size, batch_size, start, end):
     ranks = [make_windows(stream, world_size=world_size, rank=r, batch_size=batch_size) for r in range(world_size)]
     for step in range(start, end):
         batches = [list(w.batches(step, step + 1, torch.device("cpu"))) for w in ranks]
-        assert len({len(b) for b in batches}) == 1  # no rank waits for another's missing batch
+        assert len({len(b) for b in batches}) == 1  # else a rank would wait for another's missing batch
         steps.append([int(row[0]) // T for micro in zip(*batches, strict=True) for x, _ in micro for row in x])
     return steps
 
@@ -127,7 +124,7 @@ SHARED = [(1, 1), (1, 3), (1, 12), (2, 3), (2, 6), (3, 1), (3, 2), (4, 1), (4, 3
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), SHARED)
-def test_a_step_takes_the_same_windows_however_many_processes_share_them(stream, world_size, batch_size):
+def test_a_step_takes_the_same_windows_with_any_number_of_processes(stream, world_size, batch_size):
     alone = consumed(stream, 1, 12, 0, 9)
     assert all(len(step) == PER_STEP for step in alone)
     assert consumed(stream, world_size, batch_size, 0, 9) == alone
@@ -141,8 +138,8 @@ def test_a_run_resumes_at_any_step_with_any_number_of_processes(stream, world_si
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_the_tokens_are_the_same_while_a_run_goes_on_with_1_2_4_and_3_processes(stream, tmp_path, mixed):
-    """60 steps of 12 windows, over shard borders, the ends of epochs, a short last shard and, mixed, of folders."""
+def test_a_run_that_goes_on_with_1_2_4_and_3_processes_reads_the_same_tokens(stream, tmp_path, mixed):
+    """60 steps of 12 windows, over shard borders, ends of epochs and a short last shard. `mixed` takes two folders."""
     streams = mixture(tmp_path) if mixed else [stream]
     expected = [make_windows(streams, batch_size=1)[i] for i in range(60 * PER_STEP)]
     start, seen, saved = 0, [], None
@@ -156,7 +153,7 @@ def test_the_tokens_are_the_same_while_a_run_goes_on_with_1_2_4_and_3_processes(
         start += 15
     for side in (0, 1):
         assert torch.equal(torch.cat([b[side] for b in seen]), torch.cat([b[side] for b in expected]))
-    if not mixed:  # 22 epochs, each with every window once; mixed, they end inside of blocks: see below
+    if not mixed:  # 22 epochs, each with every window once. Mixed epochs end inside blocks: see below.
         ids = stream.read(0, len(stream))
         whole = sorted(tuple(ids[i * T : (i + 1) * T].tolist()) for i in range(WINDOWS))
         rows = [tuple(x.tolist()) for xs, _ in seen for x in xs]
@@ -164,7 +161,7 @@ def test_the_tokens_are_the_same_while_a_run_goes_on_with_1_2_4_and_3_processes(
             assert sorted(rows[i : i + WINDOWS]) == whole
 
 
-def test_batches_of_several_steps_are_those_of_the_steps(stream):
+def test_batches_of_several_steps_are_the_batches_of_each_step(stream):
     windows = make_windows(stream)
     together = list(windows.batches(2, 6, torch.device("cpu")))
     assert len(together) == 4 * windows.layout.accumulation
@@ -174,7 +171,7 @@ def test_batches_of_several_steps_are_those_of_the_steps(stream):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 12])
-def test_an_epoch_has_every_window_once_also_where_a_batch_spans_two_epochs(stream, batch_size):
+def test_an_epoch_has_every_window_once_even_if_a_batch_spans_two_epochs(stream, batch_size):
     order = [w for step in consumed(stream, 1, batch_size, 0, 16) for w in step]  # 6 epochs of 32
     epochs = [order[i : i + WINDOWS] for i in range(0, len(order), WINDOWS)]
     assert all(sorted(epoch) == list(range(WINDOWS)) for epoch in epochs)
@@ -188,12 +185,12 @@ def test_a_batch_larger_than_the_corpus_spans_several_epochs(tmp_path):
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in order.reshape(23, 5).tolist())
 
 
-def test_another_seed_is_another_order(stream):
+def test_another_seed_gives_another_order(stream):
     orders = {tuple(np.concatenate([make_windows(stream, seed=s).windows(i)[1] for i in range(10)])) for s in range(10)}
     assert len(orders) == 10
 
 
-def test_targets_are_the_inputs_shifted_by_one_and_both_are_the_stream(stream):
+def test_targets_are_the_inputs_shifted_by_one_and_both_come_from_the_stream(stream):
     ids = stream.read(0, len(stream))
     windows = make_windows(stream)
     numbers = np.concatenate([windows.windows(i)[1] for i in range(11)])
@@ -220,10 +217,10 @@ def test_loader_processes_get_a_few_kilobytes_not_the_corpus(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(windows[i], copy[i], strict=True))
 
 
-@pytest.mark.filterwarnings("ignore")  # no GPU to pin memory for; forking with threads about
+@pytest.mark.filterwarnings("ignore")  # there is no GPU to pin memory for, and threads run at the fork
 def test_loader_processes_deliver_the_same_batches_in_the_same_order(stream):
     windows = make_windows(stream)
-    # The loader for a GPU, which reads in worker processes; without one it only does not pin.
+    # The loader for a GPU reads in worker processes. Without a GPU it still does so, and only does not pin memory.
     there = list(windows.batches(1, 4, torch.device("cuda")))
     here = list(windows.batches(1, 4, torch.device("cpu")))
     assert len(here) == 3 * windows.layout.accumulation
@@ -234,7 +231,7 @@ def test_loader_processes_deliver_the_same_batches_in_the_same_order(stream):
 
 
 def mixture(tmp_path, weights=(0.7, 0.3)):
-    """Two folders, with 32 and with 11 windows of 8 tokens. The ids of the second begin at 1024, beyond the first's."""
+    """Two folders, with 32 and with 11 windows of 8 tokens. The second's ids begin at 1024, above the first's."""
     write_folder(tmp_path / "a")
     write_folder(tmp_path / "b", train=(50, 43), val=(200,), first=1024)
     words = [f"{tmp_path / name}:{weight}" for name, weight in zip("ab", weights, strict=True)]
@@ -255,7 +252,7 @@ def mixture(tmp_path, weights=(0.7, 0.3)):
         (["2024", "1:3"], {"2024": 250, "1": 750}),
     ],
 )
-def test_weights_become_whole_numbers_of_every_thousand_windows(words, quotas):
+def test_weights_become_whole_numbers_of_windows_in_every_thousand(words, quotas):
     assert folder_quotas(words) == quotas
     assert folder_quotas(json.loads(json.dumps(words))) == quotas  # as a checkpoint's configuration has them
 
@@ -271,20 +268,21 @@ def test_weights_become_whole_numbers_of_every_thousand_windows(words, quotas):
         ([":1"], ":1 is no path:weight"),
     ],
 )
-def test_mixtures_that_cannot_be_honoured_are_refused(words, message):
+def test_impossible_mixtures_are_refused(words, message):
     with pytest.raises(ValueError, match=f"data_root: .*{message}"):
         folder_quotas(words)
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1, 999), (1, 1)])
-def test_every_thousand_windows_hold_the_quotas_and_every_epoch_each_window_once(tmp_path, weights):
+def test_every_thousand_windows_hold_the_quotas_and_every_epoch_holds_each_window_once(tmp_path, weights):
     windows = make_windows(mixture(tmp_path, weights), batch_size=1000, accumulation=1)
     quota = round(1000 * weights[0] / sum(weights))
     blocks = [windows.windows(i) for i in range(5)]
     assert [int((folder == 0).sum()) for folder, _ in blocks] == [quota] * 5
     assert len({tuple(folder) for folder, _ in blocks}) == 5  # each block has its own shuffle
     for k, length, of_block in ((0, 32, quota), (1, 11, 1000 - quota)):
-        # Blocks permute a folder's places within themselves, so whole blocks have whole epochs and the same rests.
+        # A block only permutes a folder's windows within the block. So whole blocks hold the same windows as the folder
+        # alone: whole epochs and the same rest.
         seen = np.concatenate([window[folder == k] for folder, window in blocks])
         alone = make_windows(windows.streams[k], batch_size=5 * of_block, accumulation=1).windows(0)[1]
         assert sorted(seen.tolist()) == sorted(alone.tolist())
@@ -292,7 +290,7 @@ def test_every_thousand_windows_hold_the_quotas_and_every_epoch_each_window_once
         assert counts.sum() == 5 * of_block and counts.max() - counts.min() <= 1
 
 
-def test_shares_are_those_of_the_windows_so_far(tmp_path):
+def test_shares_count_each_folders_windows_so_far(tmp_path):
     windows = make_windows(mixture(tmp_path), batch_size=12)
     assert windows.shares(0) == {}
     assert make_windows(windows.streams[0]).shares(5) == {}
@@ -304,7 +302,7 @@ def test_shares_are_those_of_the_windows_so_far(tmp_path):
     assert windows.shares(250) == pytest.approx({str(tmp_path / "a"): 0.7, str(tmp_path / "b"): 0.3})
 
 
-def test_another_mixture_is_refused_by_name(tmp_path, stream):
+def test_another_mixture_is_refused_and_its_differences_are_named(tmp_path, stream):
     saved = json.loads(json.dumps(make_windows(mixture(tmp_path)).state()))
     make_windows(mixture(tmp_path), batch_size=1).check_state(saved)
     with pytest.raises(ValueError, match=r"quotas was \[700, 300\], is \[600, 400\]; restore"):
@@ -327,7 +325,7 @@ def test_a_folder_of_another_vocabulary_or_tokenizer_is_named(tmp_path, fields, 
 
 
 @pytest.mark.parametrize(("max_tokens", "counts"), [(10 * T, (5, 5)), (4 * T, (2, 2)), (1, (1, 1)), (10**6, (7, 24))])
-def test_validation_windows_are_allotted_by_weight(tmp_path, max_tokens, counts):
+def test_folders_share_the_validation_windows_by_weight(tmp_path, max_tokens, counts):
     mixture(tmp_path)
     words = [str(tmp_path / "a"), str(tmp_path / "b")]
     streams = open_streams(words, "val", vocab_size=VOCAB, fingerprint=FINGERPRINT)
@@ -352,8 +350,8 @@ def validation_windows(stream, *, max_tokens, **layout):
     return [(tuple(x.tolist()), int(y[-1])) for xs, ys in batches for x, y in zip(xs, ys, strict=True)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 11])  # 7 windows: 11 processes leave some without any
-def test_the_shares_of_all_ranks_are_the_windows_of_one_process(folder, world_size):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 11])  # 7 windows: some of 11 processes get none
+def test_the_shares_of_all_ranks_together_are_the_windows_of_one_process(folder, world_size):
     stream = open_stream(folder, "val")
     alone = validation_windows(stream, seq_len=T, batch_size=2, max_tokens=10**9)
     assert alone == [(tuple(range(i, i + T)), i + T) for i in range(0, 7 * T, T)]
@@ -387,7 +385,7 @@ def overwrite(path, position, value):
     np.save(path, ids)
 
 
-def test_an_id_beyond_the_vocabulary_is_refused_at_reading_where_the_start_did_not_look(folder, monkeypatch):
+def test_an_id_beyond_the_vocabulary_that_the_start_did_not_check_is_refused_when_read(folder, monkeypatch):
     monkeypatch.setattr(shards, "CHECKED_TOKENS", 3 * 10)  # the first 10 of each of three shards
     path = folder / "edufineweb_train_000002.npy"
     overwrite(path, 10, 5000)  # stream position 110
@@ -426,12 +424,12 @@ def test_too_few_validation_tokens_are_refused(tmp_path):
 # ---------------------------------------------------------------- resuming
 
 
-def test_another_split_of_the_same_total_batch_may_resume(stream):
+def test_a_run_may_resume_with_another_split_of_the_same_total_batch(stream):
     saved = json.loads(json.dumps(make_windows(stream, batch_size=3).state()))
     make_windows(stream, batch_size=1, world_size=4, rank=2).check_state(saved)
 
 
-def test_what_would_change_the_order_is_refused_by_name(stream, tmp_path):
+def test_settings_that_change_the_order_are_refused_by_name(stream, tmp_path):
     saved = make_windows(stream).state()
     shorter_stream = open_stream(write_folder(tmp_path / "shorter", train=(200,)))
     for other, message in [
@@ -444,6 +442,6 @@ def test_what_would_change_the_order_is_refused_by_name(stream, tmp_path):
         with pytest.raises(ValueError) as error:
             other.check_state(saved)
         assert message in str(error.value)
-        assert str(error.value).count(" was ") == 1  # what is the same is not named
+        assert str(error.value).count(" was ") == 1  # only the difference is named
     with pytest.raises(ValueError, match="seed was None, is 7"):
         make_windows(stream).check_state({key: value for key, value in saved.items() if key != "seed"})

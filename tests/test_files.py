@@ -21,7 +21,7 @@ def old(tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "content"), [("wb", b"\x00\xff\r\n"), ("w", "Zürich, 東京\n")])
-def test_the_new_file_takes_the_name_in_a_folder_made_for_it(tmp_path, mode, content):
+def test_missing_folders_are_made_and_hold_only_the_new_file(tmp_path, mode, content):
     path = tmp_path / "a" / "b" / "file"
     with atomic_write(path, mode) as file:
         file.write(content)
@@ -34,7 +34,7 @@ def test_readers_see_the_old_file_until_the_new_one_is_whole(old):
         file.write(b"new")
         file.flush()
         assert old.read_bytes() == b"old"
-        # A rename is only atomic within one file system, so the temporary must be a neighbour.
+        # A rename is only atomic within one file system, so the temporary file must be in the same folder.
         assert Path(file.name).parent == old.parent
     assert old.read_bytes() == b"new"
 
@@ -48,7 +48,7 @@ def test_an_exception_leaves_the_old_file_and_no_temporary(old, error):
     assert os.listdir(old.parent) == [old.name]
 
 
-def test_an_exception_leaves_nothing_where_nothing_was(tmp_path):
+def test_an_exception_leaves_no_file_if_there_was_none(tmp_path):
     with pytest.raises(ValueError), atomic_write(tmp_path / "file") as file:
         file.write(b"new")
         raise ValueError
@@ -80,14 +80,14 @@ def test_a_killed_writer_leaves_the_old_content(old):
     killed = subprocess.run([sys.executable, "-c", script, old], cwd=REPO, timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert old.read_bytes() == b"old"
-    with atomic_write(old) as file:  # what the killed writer left is in nobody's way
+    with atomic_write(old) as file:  # the killed writer's temporary file is not in the way
         file.write(b"newer")
     assert old.read_bytes() == b"newer"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no SIGKILL, and no folder can be synced")
 def test_content_and_name_reach_the_disk_in_that_order(old, monkeypatch):
-    # A power cut cannot be staged; the order of the system calls that survive one can.
+    # A test cannot cut the power. It can check the order of the system calls that protects files from a power cut.
     events, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", os.fstat(fd).st_ino)), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", os.stat(a).st_ino)), replace(a, b)))

@@ -24,7 +24,7 @@ from sources import SourceError
 from tokenizer import Tokenizer
 
 REPO = Path(__file__).resolve().parents[1]
-VOCAB = 600  # the 256 bytes, 88 merges and the 256 control ids: built in milliseconds
+VOCAB = 600  # 256 bytes, 88 merges and 256 control ids: a tokenizer of this size is built in milliseconds
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.\n",
     "Zürich, naïveté, Ελλάδα, Привет, 東京, 한국어, עברית, 🦙👩‍👩‍👧",
@@ -38,7 +38,7 @@ TEXTS = [
 
 
 def ids_of(texts, vocab_size=VOCAB):
-    """The ids that the shards must hold, from the tokenizer's other method, a document at a time."""
+    """The ids that the shards must hold, from `encode`, a document at a time. `prepare` uses `encode_document`."""
     tokenizer = Tokenizer(vocab_size=vocab_size)
     return [i for text in texts for i in tokenizer.encode(text, bos=True, eos=True)]
 
@@ -50,7 +50,7 @@ def write_jsonl(path, documents):
 
 
 def write_parquet(path, documents, column="text"):
-    # Several row groups, as the files of the hub have, and other columns.
+    # The hub's files also have several row groups and other columns.
     table = pyarrow.table({"id": list(range(len(documents))), column: documents})
     pyarrow.parquet.write_table(table, path, row_group_size=3)
     return path
@@ -97,7 +97,7 @@ def small_batches(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
-def test_every_document_once_in_order_between_its_control_ids(tmp_path, small_batches, name):
+def test_shards_hold_every_document_once_in_order_between_control_ids(tmp_path, small_batches, name):
     manifest = run([write(tmp_path / name, TEXTS)], tmp_path / "out")
     assert all_ids(tmp_path / "out") == ids_of(TEXTS)
     assert manifest["documents"] == len(TEXTS)
@@ -110,7 +110,7 @@ def test_a_text_file_is_one_document(tmp_path):
     assert all_ids(tmp_path / "out") == ids_of(["Zürich\n\n東京\n"])
 
 
-def test_several_files_follow_one_another_in_the_order_named(tmp_path):
+def test_several_files_are_read_in_the_order_in_which_they_are_named(tmp_path):
     (tmp_path / "c.txt").write_text("of the text file")
     paths = [
         write(tmp_path / "d.parquet", TEXTS[:2]),
@@ -122,7 +122,7 @@ def test_several_files_follow_one_another_in_the_order_named(tmp_path):
     assert all_ids(tmp_path / "out") == ids_of([*TEXTS[:4], "of the text file", *TEXTS[4:]])
 
 
-def test_more_documents_than_a_parquet_batch_or_a_chunk_holds(tmp_path):
+def test_a_file_of_more_documents_than_a_parquet_batch_or_a_chunk_is_read_whole(tmp_path):
     texts = [str(i) for i in range(10_050)]
     table = pyarrow.table({"text": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4_000)
@@ -130,7 +130,7 @@ def test_more_documents_than_a_parquet_batch_or_a_chunk_holds(tmp_path):
     assert all_ids(tmp_path / "out") == ids_of(texts)
 
 
-def test_blank_lines_and_a_missing_last_line_end_are_no_documents(tmp_path):
+def test_blank_lines_are_no_documents_and_the_last_line_needs_no_line_end(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "one"}\r\n  \n{"text": "two"}')
     manifest = run([tmp_path / "a.jsonl"], tmp_path / "out")
     assert all_ids(tmp_path / "out") == ids_of(["one", "two"])
@@ -141,7 +141,7 @@ def test_text_that_looks_like_control_tokens_stays_text(tmp_path):
     text = "<|begin_of_text|><|end_of_text|><|reserved_special_token_7|>"
     run([write(tmp_path / "a.jsonl", [text])], tmp_path / "out")
     ids = all_ids(tmp_path / "out")
-    assert [i for i in ids if i >= VOCAB - 256] == [VOCAB - 256, VOCAB - 255]  # those around it
+    assert [i for i in ids if i >= VOCAB - 256] == [VOCAB - 256, VOCAB - 255]  # only begin and end
     assert Tokenizer(vocab_size=VOCAB).decode(ids[1:-1]) == text
 
 
@@ -156,8 +156,8 @@ def test_ids_of_the_whole_vocabulary_do_not_wrap_at_16_bits(tmp_path):
 
 
 @pytest.mark.parametrize("shard_size", [1, 7, 10, 100, 10_000])
-def test_shards_are_full_but_for_the_last_also_where_documents_are_longer(tmp_path, small_batches, shard_size):
-    texts = ["a" * 23, "b" * 8, "c" * 63]  # with their control ids 25, 10 and 65 tokens: 100
+def test_every_shard_but_the_last_is_full_even_if_documents_are_longer(tmp_path, small_batches, shard_size):
+    texts = ["a" * 23, "b" * 8, "c" * 63]  # 25, 10 and 65 tokens with their control ids: 100 in all
     run([write(tmp_path / "a.jsonl", texts)], tmp_path / "out", vocab_size=512, shard_size=shard_size)
     lengths = [len(shard) for shard in shard_ids(tmp_path / "out")]
     whole, rest = divmod(100, shard_size)
@@ -165,14 +165,14 @@ def test_shards_are_full_but_for_the_last_also_where_documents_are_longer(tmp_pa
     assert all_ids(tmp_path / "out") == ids_of(texts, 512)
 
 
-def test_without_a_shard_size_a_small_corpus_is_a_tenth_validation(tmp_path):
+def test_without_a_shard_size_a_tenth_of_a_small_corpus_is_for_validation(tmp_path):
     run([write(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", shard_size=None)
     total = len(ids_of(TEXTS))
     assert [len(shard) for shard in shard_ids(tmp_path / "out")] == [total // 10, total - total // 10]
     assert all_ids(tmp_path / "out") == ids_of(TEXTS)
 
 
-# ---------------------------------------------------------------- documents that are no text, and odd texts
+# ---------------------------------------------------------------- documents without text, and odd texts
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -184,7 +184,7 @@ def test_documents_without_text_are_left_out_and_counted(tmp_path, small_batches
     assert manifest["odd_documents"] == {"empty": 2, "null": 3}
 
 
-def test_what_is_no_string_is_left_out_and_counted(tmp_path):
+def test_values_that_are_no_strings_are_left_out_and_counted(tmp_path):
     manifest = run([write(tmp_path / "a.jsonl", [1, 2.5, True, ["a"], {"b": "c"}, "text"])], tmp_path / "out")
     assert all_ids(tmp_path / "out") == ids_of(["text"])
     assert manifest["odd_documents"] == {"not a string": 5}
@@ -196,14 +196,14 @@ def test_a_parquet_column_of_numbers_has_no_text(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_whole_batches_without_text_are_no_end(tmp_path, small_batches):
+def test_reading_goes_on_after_whole_batches_without_text(tmp_path, small_batches):
     manifest = run([write(tmp_path / "a.jsonl", ["one", *[""] * 10, "two"])], tmp_path / "out")
     assert all_ids(tmp_path / "out") == ids_of(["one", "two"])
     assert manifest["odd_documents"] == {"empty": 10}
 
 
 def test_lone_surrogates_become_the_replacement_character(tmp_path):
-    # json.loads accepts them, and the web has them: a page cut in the middle of an emoji.
+    # json.loads accepts them. The web has them where a page was cut in the middle of an emoji.
     (tmp_path / "a.jsonl").write_bytes(rb'{"text": "x\ud800y"}' + b"\n" + rb'{"text": "\udc00"}' + b"\n")
     manifest = run([tmp_path / "a.jsonl"], tmp_path / "out")
     assert all_ids(tmp_path / "out") == ids_of(["x\ufffdy", "\ufffd"])
@@ -212,7 +212,7 @@ def test_lone_surrogates_become_the_replacement_character(tmp_path):
 
 
 @pytest.mark.parametrize("character", ["a", " ", "\n", "東"])
-def test_a_million_equal_characters(tmp_path, character):
+def test_a_document_of_a_million_equal_characters_is_kept_whole_and_counted(tmp_path, character):
     texts = [character * 1_000_000, "and on"]
     manifest = run([write(tmp_path / "a.jsonl", texts)], tmp_path / "out", shard_size=400_000)
     assert manifest["odd_documents"] == {"too long for one piece": 1}
@@ -243,21 +243,21 @@ if __name__ == "__main__":
 
 
 def run_script(path, source, *args, **kwargs):
-    """Run a script with a __main__ of its own. The start methods forkserver and spawn import it again."""
+    """Run a script as the __main__ of a new process. The start methods forkserver and spawn import that file again."""
     path.write_text(source)
     env = {**os.environ, "PYTHONPATH": str(REPO)}
-    # The limit is for a run that hangs; it takes a second.
+    # A run takes a second. The limit ends a run that hangs.
     command = [sys.executable, str(path), *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, **kwargs)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="spawn is all there is")
+@pytest.mark.skipif(os.name != "posix", reason="other systems have only spawn")
 @pytest.mark.parametrize(
-    ("method", "runs"),  # a run is the number of processes and of tokens
+    ("method", "runs"),  # a run is "processes-max_tokens"
     [("fork", ["2-99999", "3-99999", "2-4000", "3-4000"]), ("forkserver", ["2-4000"]), ("spawn", ["3-99999"])],
 )
-def test_the_bytes_do_not_depend_on_the_processes(tmp_path, small_batches, method, runs):
-    # Long and short documents by turns: later tasks are done before earlier ones.
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path, small_batches, method, runs):
+    # Long and short documents alternate, so later tasks are done before earlier ones.
     source = write_jsonl(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(12) for text in TEXTS] + [None])
     done = run_script(tmp_path / "script.py", PREPARE_IN_PROCESSES, source, tmp_path, method, *runs)
     assert done.returncode == 0, done.stderr
@@ -267,7 +267,7 @@ def test_the_bytes_do_not_depend_on_the_processes(tmp_path, small_batches, metho
         assert contents(tmp_path / name) == contents(tmp_path / f"1-{max_tokens}")
 
 
-def test_the_bytes_do_not_depend_on_what_is_handed_over_at_once(tmp_path, monkeypatch):
+def test_the_bytes_do_not_depend_on_the_size_of_the_batches(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 5)
     for documents in (1, 7, 200):
         monkeypatch.setattr(sources, "BATCH_DOCUMENTS", documents)
@@ -298,14 +298,14 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no SIGKILL")
-@pytest.mark.parametrize("others", [[], ["takes its time", ""]])  # that worker's batch comes before the dead one's
-def test_a_killed_worker_ends_the_run_with_its_cause_and_keeps_whole_shards(tmp_path, others):
+@pytest.mark.parametrize("others", [[], ["takes its time", ""]])  # the slow worker's batch comes before the dead one's
+def test_when_a_worker_is_killed_the_run_ends_says_why_and_keeps_whole_shards(tmp_path, others):
     texts = [*TEXTS * 9, *others, "out of memory", *TEXTS * 19]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     args = ["--source", source, "--out_dir", tmp_path / "out", "--vocab_size", 600, "--shard_size", 100]
     began = time.monotonic()
     done = run_script(tmp_path / "script.py", WORKER_THAT_DIES, *args, "--num_proc", 2)
-    assert time.monotonic() - began < 60  # a second or two, on a machine that does nothing else
+    assert time.monotonic() - began < 60  # it takes a second or two on an idle machine
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "a worker process died (signal 9)" in sentence(done.stderr)
@@ -345,7 +345,7 @@ def test_a_worker_killed_while_the_source_stalls_is_noticed(tmp_path):
 
 
 def test_the_manifests_figures_equal_a_recount(tmp_path, small_batches):
-    # 512 ids: every text token is one byte, so that bytes can be counted without the tokenizer.
+    # With 512 ids every text token is one byte, so the test can count bytes without the tokenizer.
     texts = [*TEXTS, "", *TEXTS]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     manifest = run([source], tmp_path / "out", vocab_size=512)
@@ -368,7 +368,7 @@ def test_the_manifests_figures_equal_a_recount(tmp_path, small_batches):
     assert manifest["source"] == "a.jsonl"
 
 
-def test_bytes_of_text_are_those_of_the_documents_with_any_vocabulary(tmp_path):
+def test_text_bytes_are_the_bytes_of_the_documents_with_any_vocabulary(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     for vocab_size in (512, 600, 8192):
         manifest = run([source], tmp_path / str(vocab_size), vocab_size=vocab_size)
@@ -387,7 +387,7 @@ def test_max_tokens_ends_after_the_document_that_reaches_it(tmp_path, small_batc
 
 
 @pytest.mark.parametrize("documents_at_once", [1, 3, 200])
-@pytest.mark.parametrize("max_tokens", [13, 20, 24])  # the second document reaches the last to the token
+@pytest.mark.parametrize("max_tokens", [13, 20, 24])  # token 24 is the last of the second document
 def test_documents_after_max_tokens_are_not_counted(tmp_path, monkeypatch, max_tokens, documents_at_once):
     monkeypatch.setattr(sources, "BATCH_DOCUMENTS", documents_at_once)
     source = write_jsonl(tmp_path / "a.jsonl", ["", "a" * 10, None, "b" * 10, "", None, "c" * 10])
@@ -481,7 +481,7 @@ class StopError(Exception):
 
 
 def stop_after(monkeypatch, batches):
-    """Let the source fail after so many batches, as the hub may. None: it does not fail."""
+    """Let the source fail after this number of batches, as the hub may. None: it does not fail."""
     read = sources.Files.__dict__.get("whole_read") or sources.Files.read
     monkeypatch.setattr(sources.Files, "whole_read", read, raising=False)
 
@@ -497,12 +497,12 @@ def stop_after(monkeypatch, batches):
 @pytest.mark.parametrize("max_tokens", [None, 700])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 @pytest.mark.parametrize("shard_size", [25, 60, 100])
-def test_stopped_anywhere_and_resumed_the_bytes_are_the_same(
+def test_a_run_stopped_anywhere_and_resumed_writes_the_same_bytes(
     tmp_path, monkeypatch, small_batches, shard_size, name, max_tokens
 ):
     source, options = write(tmp_path / name, ODD_TEXTS), {"shard_size": shard_size, "max_tokens": max_tokens}
     run([source], tmp_path / "whole", **options)
-    for batches in (3, 4, 9):  # every so many batches, until it is done
+    for batches in (3, 4, 9):  # each run stops after this many batches, until the folder is done
         out, stops = tmp_path / str(batches), 0
         stop_after(monkeypatch, batches)
         while not (out / "manifest.json").exists():
@@ -513,7 +513,7 @@ def test_stopped_anywhere_and_resumed_the_bytes_are_the_same(
             except StopError:
                 stops += 1
             if (progress.exists() and progress.read_text()) == before:
-                stop_after(monkeypatch, None)  # a long document ends no shard in so few batches
+                stop_after(monkeypatch, None)  # no shard ended in so few batches: every next run would stop here too
         assert stops
         assert contents(out) == contents(tmp_path / "whole")
         stop_after(monkeypatch, None)
@@ -524,12 +524,12 @@ def test_whole_shards_are_not_tokenized_again(tmp_path, monkeypatch, small_batch
     stop_after(monkeypatch, 4)
     with pytest.raises(StopError):
         run([source], tmp_path / "out", vocab_size=512, shard_size=60)
-    assert len(list((tmp_path / "out").glob("*.npy"))) == 3  # 180 of 200 tokens
+    assert len(list((tmp_path / "out").glob("*.npy"))) == 3  # 180 of the 200 tokens that were read
     stop_after(monkeypatch, None)
     encoded, encode = [], Tokenizer.encode_document
     monkeypatch.setattr(Tokenizer, "encode_document", lambda self, text: encoded.append(text) or encode(self, text))
     run([source], tmp_path / "out", vocab_size=512, shard_size=60)
-    assert encoded == texts[7:]  # token 180 is in the eighth
+    assert encoded == texts[7:]  # token 180 is in the eighth text
     assert all_ids(tmp_path / "out") == ids_of(texts, 512)
 
 
@@ -541,9 +541,7 @@ def test_whole_shards_are_not_tokenized_again(tmp_path, monkeypatch, small_batch
         ({"max_tokens": 10}, "max_tokens None there, 10 asked"),
     ],
 )
-def test_another_recipe_does_not_go_on_in_an_unfinished_folder(
-    tmp_path, monkeypatch, small_batches, change, difference
-):
+def test_another_recipe_on_an_unfinished_folder_is_refused(tmp_path, monkeypatch, small_batches, change, difference):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 5)
     stop_after(monkeypatch, 5)
     with pytest.raises(StopError):
@@ -560,7 +558,7 @@ def test_another_recipe_does_not_go_on_in_an_unfinished_folder(
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 130), lambda path: path.write_text("")])
-def test_a_shard_that_was_lost_since_is_named(tmp_path, monkeypatch, small_batches, damage):
+def test_a_shard_lost_or_cut_short_between_two_runs_is_named(tmp_path, monkeypatch, small_batches, damage):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 5)
     stop_after(monkeypatch, 5)
     with pytest.raises(StopError):
@@ -609,8 +607,8 @@ load_fineweb_dataset.prepare([sys.argv[1]], sys.argv[2], vocab_size=600, shard_s
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no SIGKILL")
-def test_killed_at_any_step_of_writing_the_next_run_makes_the_same_folder(tmp_path):
-    # A file takes three calls: the sync of it, its new name, the sync of the folder. A shard is two files.
+def test_the_run_after_a_kill_at_any_step_of_writing_makes_the_same_folder(tmp_path):
+    # A file takes three calls: sync it, rename it, sync the folder. A shard needs two files: its own and progress.json.
     source = write_jsonl(tmp_path / "a.jsonl", ODD_TEXTS)
     run([source], tmp_path / "whole", shard_size=400)
     call, killed = 1, True
@@ -627,8 +625,11 @@ def test_killed_at_any_step_of_writing_the_next_run_makes_the_same_folder(tmp_pa
 
 
 def kill_and_resume(tmp_path, kills):
-    """Prepare a corpus in two processes, SIGKILL the run or one of its workers at a random moment, start it again, and
-    so on; return how often, and every sha256 of the whole folder."""
+    """Prepare a corpus in two processes. `kills` times, SIGKILL it or a worker at a random moment and start it again.
+
+    Returns the number of kills, the number of resumes after whole shards, the folder's true sha256, and every sha256
+    that a finished folder had.
+    """
     text = Path(load_fineweb_dataset.__file__).read_text()
     source = write_jsonl(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(2000)])
     options = {"vocab_size": 512, "shard_size": 300_000}
@@ -679,7 +680,7 @@ def folder_digest(folder):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_and_resumed_the_folder_is_the_same(tmp_path, kills, capsys):
+def test_a_run_killed_at_random_moments_and_resumed_makes_the_same_folder(tmp_path, kills, capsys):
     done, resumed, digest, digests = kill_and_resume(tmp_path, kills)
     assert done == kills
     assert set(digests) == {digest}
@@ -697,10 +698,10 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     process.kill()
     process.wait()
     while any(Path(f"/proc/{pid}").exists() and running(pid) for pid in workers):
-        time.sleep(0.01)  # for ever, if one of them stays: the test line's own limit ends it
+        time.sleep(0.01)  # for ever, if a worker stays: then the time limit of the test command ends it
 
 
-def test_files_of_the_users_own_in_the_folder_survive_a_failure(tmp_path):
+def test_the_users_own_files_in_the_folder_survive_a_failure(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{\n')
@@ -740,7 +741,7 @@ def test_the_samples_held_out_documents_are_not_trained_on(sample):
     for ids in documents:
         if position + len(ids) <= len(shards[0]):
             held_out.add(ids.tobytes())
-        elif position >= len(shards[0]):  # else it straddles the border
+        elif position >= len(shards[0]):  # a document across the border is in neither set
             trained_on.add(ids.tobytes())
         position += len(ids)
     assert len(held_out) > 5 and len(trained_on) > 100
@@ -793,12 +794,12 @@ def test_success_is_one_line_of_figures_and_status_0(tmp_path, monkeypatch, caps
     assert main(monkeypatch, *args) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{out}: {figures}")
-    assert main(monkeypatch, *args) == 0  # and again, which does nothing
+    assert main(monkeypatch, *args) == 0  # the second time it does nothing
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{out}: already prepared, {figures}")
 
 
-def test_a_corpus_without_training_data_is_told(tmp_path, monkeypatch, capsys):
+def test_a_corpus_without_training_data_gets_a_warning(tmp_path, monkeypatch, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", ["few"])
     args = ("--vocab_size", 512, "--shard_size", 100, "--num_proc", 1)
     assert main(monkeypatch, "--source", source, "--out_dir", tmp_path / "out", *args) == 0
@@ -909,7 +910,7 @@ def test_bytes_that_are_no_utf8_end_the_run_with_any_number_of_processes(tmp_pat
         run([tmp_path / "a.parquet"], tmp_path / "out", num_proc=num_proc)
 
 
-def test_a_missing_column_is_named_and_those_that_are_there(tmp_path, monkeypatch, capsys):
+def test_a_missing_column_is_named_with_the_columns_that_are_there(tmp_path, monkeypatch, capsys):
     path = write_parquet(tmp_path / "a.parquet", TEXTS, column="body")
     status, error = refusal(monkeypatch, capsys, tmp_path, path)
     assert status == 1
@@ -918,7 +919,7 @@ def test_a_missing_column_is_named_and_those_that_are_there(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.gz", "sample", "fineweb"])
-def test_an_unknown_format_is_refused_with_those_that_are_known(tmp_path, monkeypatch, capsys, name):
+def test_an_unknown_format_is_refused_and_the_known_formats_are_named(tmp_path, monkeypatch, capsys, name):
     (tmp_path / name).write_text("text")
     good = write_jsonl(tmp_path / "good.jsonl", TEXTS)
     status, error = refusal(monkeypatch, capsys, tmp_path, good, tmp_path / name)
@@ -936,7 +937,7 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch, capsys, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_whole_before_the_bad_line_stay(tmp_path, monkeypatch, capsys, small_batches):
+def test_whole_shards_before_a_bad_line_stay(tmp_path, monkeypatch, capsys, small_batches):
     lines = [json.dumps({"text": text}) for text in TEXTS * 10]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{"]))
     status, error = refusal(monkeypatch, capsys, tmp_path, tmp_path / "a.jsonl")
@@ -948,7 +949,7 @@ def test_shards_whole_before_the_bad_line_stay(tmp_path, monkeypatch, capsys, sm
     assert len(os.listdir(tmp_path / "out")) == len(shards) + 1  # and progress.json
 
 
-def test_ctrl_c_keeps_what_is_whole(tmp_path, monkeypatch, capsys, small_batches):
+def test_ctrl_c_keeps_whole_shards(tmp_path, monkeypatch, capsys, small_batches):
     read = sources.Files.read
 
     def interrupted(self, first=0):
@@ -979,7 +980,7 @@ def read_until_interrupted(self, first=0):
     for number, batch in enumerate(read(self, first)):
         if number == 20:
             time.sleep(2)  # until the workers have started, or nearly so
-            os.killpg(0, signal.SIGINT)  # as a terminal does: to the workers too
+            os.killpg(0, signal.SIGINT)  # as a terminal does: the workers get it too
             time.sleep(1000)
         yield batch
 
@@ -1009,7 +1010,7 @@ def test_ctrl_c_while_the_workers_start_shows_no_traceback(tmp_path, seconds):
     while len(worker_pids(process.pid)) < 2:
         time.sleep(0.01)
     time.sleep(seconds)
-    while process.poll() is None:  # on a busy machine it may still be deaf
+    while process.poll() is None:  # on a busy machine it may not yet handle the signal
         os.killpg(process.pid, signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
@@ -1018,7 +1019,7 @@ def test_ctrl_c_while_the_workers_start_shows_no_traceback(tmp_path, seconds):
 
 
 @pytest.mark.parametrize("vocab_size", [1, 511, 128_257])
-def test_a_vocabulary_that_cannot_be_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, vocab_size):
+def test_an_impossible_vocabulary_size_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, vocab_size):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     assert main(monkeypatch, "--source", source, "--out_dir", tmp_path / "out", "--vocab_size", vocab_size) == 1
     assert f"vocab_size={vocab_size}" in sentence(capsys.readouterr().err)
@@ -1034,10 +1035,10 @@ def test_a_number_below_1_is_refused(tmp_path, monkeypatch, capsys, flag, value)
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_network_one_sentence_and_no_folder(tmp_path):
+def test_a_missing_network_gives_one_sentence_and_no_folder(tmp_path):
     command = [sys.executable, REPO / "load_fineweb_dataset.py", "--out_dir", tmp_path / "out"]
     env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    # Port 9 of this machine, where nobody listens: the test stays here also where there is a network.
+    # Nobody listens on port 9 of this machine. So the test stays here even if there is a network.
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""load_hellaswag_dataset.py: HellaSwag from the hub, played by a server on this machine; and the offline sample."""
+"""load_hellaswag_dataset.py: HellaSwag from the hub, and the offline sample. A server on this machine plays the hub."""
 
 import hashlib
 import io
@@ -41,12 +41,12 @@ ROWS = [
 
 
 def old_file(rows=ROWS):
-    """The bytes of the jsonl file that lay on GitHub."""
+    """The bytes of the old jsonl file from GitHub."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def hub_file(rows=ROWS):
-    """The bytes of the hub's parquet file: there the label is a string."""
+    """The bytes of the hub's parquet file. In it the label is a string."""
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"label": str(row["label"])} for row in rows]), file)
     return file.getvalue()
@@ -57,7 +57,7 @@ HUB_BYTES, OLD_BYTES = hub_file(), old_file()
 
 @pytest.fixture
 def pins(monkeypatch):
-    """Five rows of ours stand for the 10,042 of HellaSwag."""
+    """Pin our five rows in place of HellaSwag's 10,042."""
     monkeypatch.setattr(load_hellaswag_dataset, "HUB_SHA256", hashlib.sha256(HUB_BYTES).hexdigest())
     monkeypatch.setattr(load_hellaswag_dataset, "OLD_SHA256", hashlib.sha256(OLD_BYTES).hexdigest())
     monkeypatch.setattr(load_hellaswag_dataset, "NUM_ROWS", 5)
@@ -98,7 +98,7 @@ def main(monkeypatch, capsys, *flags):
 # ---------------------------------------------------------------- from the hub
 
 
-def test_rows_of_the_hub_become_the_old_files_rows(hub, tmp_path):
+def test_the_hubs_rows_become_the_old_files_rows(hub, tmp_path):
     path = download(tmp_path / "a" / "out")
     assert path == tmp_path / "a" / "out" / FILE_NAME
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == ROWS
@@ -107,13 +107,13 @@ def test_rows_of_the_hub_become_the_old_files_rows(hub, tmp_path):
     assert path.with_name(f"{FILE_NAME}.sha256").read_text() == f"{digest}  {FILE_NAME}\n"
 
 
-def test_a_file_that_is_there_unchanged_is_not_fetched_again(hub, tmp_path):
+def test_an_unchanged_file_is_not_fetched_again(hub, tmp_path):
     for _ in range(3):
         download(tmp_path / "out")
     assert len([path for method, path, _ in hub.requests if method == "GET"]) == 1
 
 
-def test_a_file_that_changed_since_is_written_again_from_the_cache(hub, tmp_path, capsys):
+def test_a_changed_file_is_written_again_from_the_cache(hub, tmp_path, capsys):
     path = download(tmp_path / "out")
     good, requests = path.read_bytes(), len(hub.requests)
     path.write_bytes(good.replace(b"context 3", b"context 8"))
@@ -129,7 +129,7 @@ def test_a_filled_cache_needs_no_hub(hub, tmp_path, monkeypatch):
     assert download(tmp_path / "other").read_bytes() == good
 
 
-def test_an_empty_cache_offline_names_the_cure(hub, tmp_path, monkeypatch):
+def test_the_error_for_an_empty_cache_offline_names_the_cure(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match=r"could not be reached .*HF_HUB_OFFLINE, if set"):
         download(tmp_path / "out")
@@ -137,14 +137,14 @@ def test_an_empty_cache_offline_names_the_cure(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 451])
-def test_a_file_that_the_hub_no_longer_has_is_told_from_a_network_that_is_down(hub, tmp_path, status):
+def test_a_file_that_the_hub_no_longer_gives_is_not_reported_as_a_network_that_is_down(hub, tmp_path, status):
     hub.trouble = lambda handler, number: handler.path != "/" and (handler.answer(status) or True)
     with pytest.raises(SourceError, match=rf"no longer gives this file \(status {status}\); pass --from FILE"):
         download(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_network_that_is_down_is_told_in_one_sentence(client, tmp_path, monkeypatch, capsys):
+def test_a_network_that_is_down_is_reported_in_one_sentence(client, tmp_path, monkeypatch, capsys):
     client("http://127.0.0.1:9")  # a port where nobody listens
     status, out, err = main(monkeypatch, capsys, "--out_dir", tmp_path / "out")
     (line,) = err.splitlines()
@@ -164,7 +164,7 @@ def test_another_file_than_the_pinned_one_is_refused_and_not_kept_in_the_cache(h
     assert download(tmp_path / "out").is_file()
 
 
-def test_a_bad_file_and_its_neighbours_are_kept_where_the_hub_gives_no_better_one(hub, tmp_path):
+def test_a_bad_file_and_its_neighbours_stay_if_the_hub_gives_no_better_file(hub, tmp_path):
     hub.files = {}
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / FILE_NAME).write_bytes(b"mine")
@@ -178,7 +178,7 @@ def test_a_bad_file_and_its_neighbours_are_kept_where_the_hub_gives_no_better_on
 
 
 def test_a_busy_hub_is_asked_again(hub, tmp_path):
-    """huggingface_hub waits and repeats. The first request is our own."""
+    """huggingface_hub waits and repeats the request. The first request is our own."""
     hub.trouble = lambda handler, number: number == 2 and (handler.answer(503, b"", Retry_After="0") or True)
     assert download(tmp_path / "out").is_file()
     assert len(hub.requests) > 3
@@ -200,7 +200,7 @@ def test_both_kinds_of_local_copies_give_the_same_examples(client, tmp_path, mon
         assert examples == load_examples(tmp_path / "expected.jsonl", tokenizer, style=style)
 
 
-def test_the_old_file_in_its_place_is_taken_as_it_is(client, tmp_path):
+def test_an_old_file_that_is_already_in_the_folder_is_kept_as_it_is(client, tmp_path):
     client("http://127.0.0.1:9")
     (tmp_path / FILE_NAME).write_bytes(OLD_BYTES)
     assert download(tmp_path).read_bytes() == OLD_BYTES
@@ -219,7 +219,7 @@ def test_a_local_copy_that_is_missing_is_named(pins, tmp_path, monkeypatch, caps
     assert status == 1 and f"{tmp_path / 'nowhere'}: no such file; give a copy of {FILE_NAME}" in err
 
 
-def test_a_full_disk_is_one_sentence(pins, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_in_one_sentence(pins, tmp_path, monkeypatch, capsys):
     def full(fd):
         raise OSError(28, "No space left on device")
 
@@ -259,7 +259,7 @@ def rows(sample):
 
 @pytest.fixture(scope="module")
 def held_out(sample):
-    """The text of the validation shard, the last document cut where the shard ends."""
+    """The documents of the validation shard. The last one is cut where the shard ends."""
     ids = np.load(sample / "edufineweb_val_000000.npy").tolist()
     return Tokenizer(vocab_size=SAMPLE_VOCAB_SIZE).decode(ids).split("<|begin_of_text|>")[1:]
 
@@ -278,7 +278,7 @@ def test_the_samples_rows_have_hellaswags_format(rows):
 
 
 def test_the_samples_label_favours_no_place(rows):
-    # 50 of each place on average, with a standard deviation of 6: an eye on the shuffle, not on its luck.
+    # Each place has 50 on average, with a standard deviation of 6. The wide limit tests the shuffle, not its luck.
     counts = Counter(row["label"] for row in rows)
     assert all(counts[label] > 25 for label in range(4))
 
@@ -297,7 +297,7 @@ def test_the_false_endings_come_from_held_out_documents_and_do_not_follow_the_co
             assert place == row["label"] or not any(f"{row['ctx']} {ending}" in document for document in held_out)
 
 
-def test_length_alone_does_not_give_the_true_ending_away(rows):
+def test_length_alone_does_not_reveal_the_true_ending(rows):
     lengths = [len(ending) for row in rows for ending in row["endings"]]
     assert all(50 <= length <= 80 for length in lengths)
     longest = sum(max(row["endings"], key=len) == row["endings"][row["label"]] for row in rows)

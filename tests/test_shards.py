@@ -35,7 +35,7 @@ def test_shard_names(index, name):
     ("vocab_size", "name"),
     [(256, "uint8"), (257, "uint16"), (512, "uint16"), (65_536, "uint16"), (65_537, "uint32"), (128_256, "uint32")],
 )
-def test_the_token_dtype_holds_the_largest_id_and_is_the_narrowest_that_does(vocab_size, name):
+def test_the_token_dtype_is_the_narrowest_that_holds_the_largest_id(vocab_size, name):
     dtype = token_dtype(vocab_size)
     assert dtype.name == name
     assert np.array([vocab_size - 1]).astype(dtype)[0] == vocab_size - 1
@@ -57,7 +57,7 @@ def folder(tmp_path):
     return write_folder(tmp_path / "data")
 
 
-def test_reads_what_load_fineweb_dataset_writes(tmp_path):
+def test_the_reader_reads_what_load_fineweb_dataset_writes(tmp_path):
     texts = ["First.", "Zürich, 東京 🦙", "third " * 40]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", vocab_size=600, shard_size=50, show_progress=False)
@@ -84,7 +84,7 @@ def test_read_equals_a_slice_of_the_concatenated_shards(tmp_path):
             assert piece.tolist() == whole[start:stop].tolist()
 
 
-def test_the_splits_are_apart(folder):
+def test_the_splits_are_separate_streams(folder):
     assert open_stream(folder, "val").read(0, 61).tolist() == list(range(61))
     assert len(open_stream(folder, "val")) == 61
     assert len(open_stream(folder, "train")) == 257
@@ -172,7 +172,7 @@ def garbage(path):
     path.write_bytes(b"<html>404 Not Found</html>" * 20)
 
 
-def zipped(path):  # what np.savez would have left under this name
+def zipped(path):  # np.savez would leave such a file under this name
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr("tokens", path.read_bytes())
@@ -199,7 +199,7 @@ def two_dimensional(path):
     np.save(path, np.load(path)[None])
 
 
-def objects(path):  # a pickle: to load it would be to run it
+def objects(path):  # a pickle: loading it could run code
     np.save(path, np.array([{}] * 100, dtype=object), allow_pickle=True)
 
 
@@ -209,7 +209,7 @@ DAMAGES = [truncate, truncate_header, empty, garbage, zipped, another_dtype, sig
 DAMAGES += [two_dimensional, objects]
 
 
-# The last shard too: a check that opens all of them at once must not blame the first.
+# The last shard too: a check that opens all shards at once must not blame the first.
 @pytest.mark.parametrize("index", [1, 3])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_or_replaced_shard_is_refused_by_its_name(folder, damage, index):
@@ -270,13 +270,13 @@ def main(monkeypatch, capsys, copied, flag):
     return status, captured.out, captured.err
 
 
-def test_a_whole_folder_is_told_with_its_totals(copied, monkeypatch, capsys):
+def test_verify_prints_the_totals_of_a_whole_folder(copied, monkeypatch, capsys):
     status, out, _ = main(monkeypatch, capsys, copied, "--verify")
     assert status == 0
     assert out.endswith("out: whole; 6 shards, 10 documents, 570 tokens, 550 bytes of text, as the manifest says\n")
 
 
-def test_every_byte_of_every_shard_is_compared(copied, monkeypatch, capsys):
+def test_verify_compares_every_byte_of_every_shard(copied, monkeypatch, capsys):
     for path in sorted(copied.glob("*.npy")):
         whole = path.read_bytes()
         for place in (5, 60, 128, len(whole) - 1):  # header and ids
@@ -303,7 +303,7 @@ def test_an_id_outside_the_vocabulary_is_named_even_where_the_hash_is_right(copi
 
 
 @pytest.mark.parametrize("key", ["tokens", "documents", "text_bytes"])
-def test_counts_of_a_shard_are_recounted(copied, monkeypatch, capsys, key):
+def test_verify_counts_a_shard_again(copied, monkeypatch, capsys, key):
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["shards"][1][key] += 1
     (copied / "manifest.json").write_text(json.dumps(manifest))
@@ -313,7 +313,7 @@ def test_counts_of_a_shard_are_recounted(copied, monkeypatch, capsys, key):
 
 
 @pytest.mark.parametrize("key", ["tokens", "documents"])
-def test_totals_are_added_up_again(copied, monkeypatch, capsys, key):
+def test_verify_adds_up_the_totals_again(copied, monkeypatch, capsys, key):
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest[key] += 1
     (copied / "manifest.json").write_text(json.dumps(manifest))
@@ -334,7 +334,7 @@ def change(manifest, key, value):
         (lambda manifest: manifest["shards"].reverse(), "val_000000.npy: the manifest has edufineweb_train_000005"),
     ],
 )
-def test_a_manifest_that_no_loader_would_take_or_in_another_order_is_told(copied, monkeypatch, capsys, damage, words):
+def test_verify_refuses_a_manifest_that_no_loader_takes_or_in_another_order(copied, monkeypatch, capsys, damage, words):
     manifest = json.loads((copied / "manifest.json").read_text())
     damage(manifest)
     (copied / "manifest.json").write_text(json.dumps(manifest))
@@ -355,7 +355,7 @@ def test_missing_and_extra_shards_are_named(copied, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", ["--verify", "--stats"])
 @pytest.mark.parametrize("damage", ["missing", "[]", "{", '{"shards": []}'])
-def test_a_folder_without_a_manifest_is_told(copied, monkeypatch, capsys, flag, damage):
+def test_a_folder_without_a_usable_manifest_is_refused(copied, monkeypatch, capsys, flag, damage):
     path = copied / "manifest.json"
     path.unlink()
     if damage != "missing":

@@ -1,4 +1,4 @@
-"""The hub, played by a server on this machine and read by the real huggingface_hub client in a process of its own."""
+"""Reading from the hub. A server on this machine plays the hub. The client is the real one, in its own process."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ import sys
 import huggingface_hub.constants
 import load_fineweb_dataset, sources
 
-huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000  # of ten million that it writes at once, small files have none
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000  # the default, ten million, is more than these files have
 sources.RETRY_SECONDS = (0.1, 0.1, 0.1)
 sources.STREAM_BLOCK = 20_000  # several requests a file
 
@@ -61,7 +61,7 @@ if __name__ == "__main__":
 
 
 def load(hub, tmp_path, *flags, **options):
-    """The command in a process of its own, with nothing but this hub in its world."""
+    """Run the command in a process of its own that can reach only this hub."""
     (tmp_path / "script.py").write_text(LOAD)
     env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}", "HF_HOME": str(tmp_path / "hf")}
@@ -74,7 +74,7 @@ def load(hub, tmp_path, *flags, **options):
 
 @pytest.fixture(scope="module")
 def expected(files, tmp_path_factory):
-    """The shards of the same documents out of local files: name -> bytes."""
+    """The shards of the same documents from local files: name -> bytes."""
     folder = tmp_path_factory.mktemp("expected")
     paths = []
     for path, body in files.items():
@@ -98,7 +98,7 @@ MODES = pytest.mark.parametrize("flags", [[], ["--stream"]], ids=["download", "s
 
 
 @MODES
-def test_the_shards_are_those_of_the_files_at_the_pinned_revision(hub, tmp_path, expected, flags):
+def test_the_shards_hold_the_files_of_the_pinned_revision(hub, tmp_path, expected, flags):
     done = load(hub, tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     assert shards(tmp_path / "out") == expected
@@ -119,7 +119,7 @@ def test_a_finished_folder_needs_no_hub(hub, tmp_path):
 
 @MODES
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_hub_is_asked_again_when_it_says(hub, tmp_path, expected, flags, status):
+def test_a_busy_hub_is_asked_again_after_the_time_that_it_names(hub, tmp_path, expected, flags, status):
     asked = []
 
     def busy(handler, number):
@@ -139,7 +139,7 @@ def test_a_busy_hub_is_asked_again_when_it_says(hub, tmp_path, expected, flags, 
 
 @MODES
 @pytest.mark.parametrize("kind", ["drop", "stall"])
-def test_a_body_that_breaks_off_is_gone_on_with(hub, tmp_path, expected, flags, kind):
+def test_reading_goes_on_after_a_body_breaks_off(hub, tmp_path, expected, flags, kind):
     broken = []
 
     def break_off(handler, number):
@@ -165,7 +165,7 @@ def test_a_body_that_breaks_off_is_gone_on_with(hub, tmp_path, expected, flags, 
     assert done.returncode == 0, done.stderr
     assert broken
     assert shards(tmp_path / "out") == expected
-    if not flags:  # the half that had come was not sent again
+    if not flags:  # the half that had arrived was not sent again
         half = len(hub.files[PATHS[1]]) // 2
         assert downloads(hub, 1) == [None, f"bytes={half // 1000 * 1000}-"]
 
@@ -191,12 +191,12 @@ def test_after_a_kill_whole_files_are_not_fetched_again(hub, tmp_path, expected)
     assert done.returncode == 0, done.stderr
     assert shards(tmp_path / "out") == expected
     assert (len(downloads(hub, 1)), len(downloads(hub, 2))) == (1, 1)
-    size = len(hub.files[PATHS[0]])  # of the first, at most its end, where the numbers of rows are
+    size = len(hub.files[PATHS[0]])  # the first file: at most its end, which has the row counts
     assert all(wanted and int(wanted[6:].partition("-")[0]) > size // 2 for wanted in downloads(hub, 0))
 
 
 @MODES
-def test_a_hub_that_fails_for_good_ends_the_run_and_the_next_goes_on(hub, tmp_path, expected, flags):
+def test_a_hub_that_fails_for_good_ends_the_run_and_the_next_run_goes_on(hub, tmp_path, expected, flags):
     def fail(handler, number):
         if handler.is_body_of(2):
             handler.answer(403, b"no")
@@ -214,13 +214,13 @@ def test_a_hub_that_fails_for_good_ends_the_run_and_the_next_goes_on(hub, tmp_pa
     assert load(hub, tmp_path, *flags).returncode == 0
     assert shards(tmp_path / "out") == expected
     assert expected.items() >= whole.items()
-    if flags:  # of the first file, its end alone, where the numbers of rows are
+    if flags:  # the first file: only its end, which has the row counts
         assert all(int(wanted[6:].partition("-")[0]) > 0 for wanted in downloads(hub, 0))
     else:
         assert len(downloads(hub, 2)) == 1
 
 
-def test_a_file_of_another_size_or_content_than_listed_is_not_taken(hub, tmp_path, expected):
+def test_a_file_with_another_size_or_content_than_listed_is_not_used(hub, tmp_path, expected):
     hub.wrong_size = 1
     done = load(hub, tmp_path)
     assert done.returncode == 1
@@ -244,7 +244,7 @@ def test_a_file_of_another_size_or_content_than_listed_is_not_taken(hub, tmp_pat
     assert shards(tmp_path / "out") == expected
 
 
-def test_what_the_disk_cannot_hold_is_refused_before_the_download(hub, tmp_path):
+def test_a_download_that_the_disk_cannot_hold_is_refused_before_it_starts(hub, tmp_path):
     hub.wrong_size = 10**18
     done = load(hub, tmp_path)
     assert done.returncode == 1
@@ -253,14 +253,14 @@ def test_what_the_disk_cannot_hold_is_refused_before_the_download(hub, tmp_path)
     assert "Traceback" not in done.stderr
     assert not any("/resolve/" in path for _, path, _ in hub.requests)
     assert not (tmp_path / "out").exists()
-    done = load(hub, tmp_path, "--max_tokens", "1000")  # in the first file; the two others come in after it
+    done = load(hub, tmp_path, "--max_tokens", "1000")  # in the first file, but two more are read ahead
     assert f"needs {needed - 15_000_000_000 * 2 + 1000 * 2:,} bytes, and " in done.stderr.splitlines()[-1]
     hub.wrong_size = 0
     done = load(hub, tmp_path, "--max_tokens", "1000")
-    assert done.returncode == 0, done.stderr  # for which there is room
+    assert done.returncode == 0, done.stderr  # now there is room
 
 
-def test_room_on_a_disk_is_needed_for_all_that_goes_there(tmp_path):
+def test_a_disk_needs_room_for_the_sum_of_all_that_goes_there(tmp_path):
     import shutil
 
     free = shutil.disk_usage(tmp_path).free
@@ -269,7 +269,7 @@ def test_room_on_a_disk_is_needed_for_all_that_goes_there(tmp_path):
         check_free_space([(tmp_path / "a" / "b", free // 3 * 2), (tmp_path / "c", free // 3 * 2)])
 
 
-def test_stream_of_what_is_no_hub_is_refused(hub, tmp_path):
+def test_stream_is_refused_if_the_source_is_not_the_hub(hub, tmp_path):
     done = load(hub, tmp_path, "--stream", "--source", "sample")
     assert done.returncode == 1
     assert "--stream reads from the hub" in done.stderr

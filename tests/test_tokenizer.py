@@ -123,7 +123,7 @@ def hugging_face():
 
 
 def random_strings(count, seed=0):
-    """Strings of 0 to 40 characters, each from three blocks of Unicode; no surrogates, which UTF-8 cannot hold."""
+    """Strings of 0 to 40 characters, each from three blocks of Unicode. No surrogates: UTF-8 cannot hold them."""
     rng = random.Random(seed)
     blocks = [(0x20, 0x7E)] * 6 + [
         (0x00, 0x20),  # controls and white space
@@ -157,7 +157,7 @@ def first_difference(a, b):
 
 
 @pytest.mark.parametrize("text", STRINGS, ids=ascii)
-def test_ids_equal_metas_and_hugging_faces(text, ours, metas, hugging_face):
+def test_ids_equal_those_of_meta_and_hugging_face(text, ours, metas, hugging_face):
     ids = ours.encode(text)
     assert ids == metas.encode(text, bos=False, eos=False)
     assert ids == hugging_face.encode(text, add_special_tokens=False)
@@ -175,14 +175,15 @@ def test_random_unicode_comes_back_and_has_the_peers_ids_and_no_control_ids(ours
         assert ours.decode(ids) == text
         assert ids == metas.encode(text, bos=False, eos=False)
         assert max(ids, default=0) < 128_000
-        # what is no character yet may be a letter in the next Unicode, and tokenizers and tiktoken differ in theirs
+        # A code point without a character (Cn) may become a letter in a later version of Unicode. Hugging Face's
+        # tokenizers and tiktoken have different versions.
         if all(unicodedata.category(c) != "Cn" for c in text):
             assert ids == hugging_face.encode(text, add_special_tokens=False)
             compared += 1
     assert compared > 5000
 
 
-LETTERS = "".join(random.Random(3).choices("etaoinshrdlu", k=60_000))  # no period, so that every cut shows in the ids
+LETTERS = "".join(random.Random(3).choices("etaoinshrdlu", k=60_000))  # no pattern, so every cut shows in the ids
 BLANKS = "".join(random.Random(4).choices(" \t\n\u3000", k=60_000))
 
 LONG_TEXTS = {
@@ -228,7 +229,7 @@ def test_long_texts_have_metas_ids(name, ours, metas):
 
 @pytest.mark.parametrize("name", ["60000 letters", "60000 blanks", "a word across the 400000th character"])
 def test_the_cuts_of_long_texts_show_in_their_ids(name, ours):
-    """Otherwise the test above would pass without any cut."""
+    """If the cuts did not show, the test above would pass without any cut."""
     whole = tiktoken.Encoding(
         "whole", pat_str=MetaTokenizer.pat_str, mergeable_ranks=load_tiktoken_bpe(str(DEFAULT_PATH)), special_tokens={}
     )
@@ -250,7 +251,7 @@ def test_special_tokens_stand_where_meta_and_hugging_face_have_them(ours, metas,
 
 
 @pytest.mark.parametrize("name", ["bos_id", "eos_id", "pad_id", "stop_tokens"])
-def test_named_ids_are_metas(name, ours, metas):
+def test_named_ids_equal_metas(name, ours, metas):
     assert getattr(ours, name) == getattr(metas, name)
 
 
@@ -312,8 +313,8 @@ def test_lone_surrogates_become_replacement_characters(text, ours):
 
 
 @pytest.mark.parametrize("text", SURROGATES.values(), ids=SURROGATES)
-def test_a_document_with_lone_surrogates_is_told_apart(text, ours):
-    """JSON can hold them ("\\ud83d"), so a web crawl does."""
+def test_a_document_with_lone_surrogates_raises_an_error(text, ours):
+    """JSON can hold them ("\\ud83d"), so a web crawl has some."""
     with pytest.raises(UnicodeEncodeError):
         ours.encode_document(text)
 
@@ -327,7 +328,7 @@ def test_decoding_refuses_ids_outside_the_vocabulary_and_names_them(ids, ours):
 def test_decoding_takes_arrays_and_half_characters(ours):
     ids = ours.encode("naïve 中文 😀")
     assert ours.decode(np.array(ids, dtype=np.uint32)) == "naïve 中文 😀"
-    half = ours.encode("😀")[:1]  # the emoji is more than one id, so its first is no whole character
+    half = ours.encode("😀")[:1]  # the emoji has several ids, so its first id is no whole character
     assert "\ufffd" in ours.decode(half)
     assert ours.decode([]) == ""
 
@@ -337,14 +338,14 @@ def test_decoding_takes_arrays_and_half_characters(ours):
 
 @pytest.fixture(scope="module", params=NESTED_SIZES)
 def nested(request):
-    """A smaller tokenizer, and one that tiktoken makes of the same ranks."""
+    """A smaller tokenizer, and one that tiktoken makes from the same ranks."""
     ranks = load_tiktoken_bpe(str(DEFAULT_PATH))
     kept = {token: rank for token, rank in ranks.items() if rank < request.param - 256}
     peer = tiktoken.Encoding("peer", pat_str=MetaTokenizer.pat_str, mergeable_ranks=kept, special_tokens={})
     return Tokenizer(vocab_size=request.param), peer
 
 
-def test_nested_ids_equal_tiktokens_over_the_first_ranks(nested):
+def test_nested_ids_equal_those_of_tiktoken_with_the_same_ranks(nested):
     tokenizer, peer = nested
     for text in [*STRINGS, *random_strings(1000, seed=2)]:
         ids = tokenizer.encode(text)
@@ -421,7 +422,7 @@ def test_a_wrong_file_is_refused_by_name(damage, tmp_path):
         Tokenizer(path)
 
 
-def test_the_file_may_lie_anywhere_and_the_path_be_a_string(tmp_path, ours):
+def test_the_file_may_be_anywhere_and_its_path_may_be_a_string(tmp_path, ours):
     path = tmp_path / "copy.model"
     path.write_bytes(DEFAULT_PATH.read_bytes())
     assert Tokenizer(str(path)).encode("Anywhere") == ours.encode("Anywhere")
@@ -450,7 +451,7 @@ def test_byte_lengths_of_a_document_sum_to_its_bytes(size):
         assert tokenizer.token_byte_lengths()[document_ids(tokenizer, text)].sum() == len(text.encode())
 
 
-def test_fingerprint_is_a_function_of_the_vocabulary_size_alone(tmp_path):
+def test_the_fingerprint_depends_on_the_vocabulary_size_alone(tmp_path):
     copy = tmp_path / "copy.model"
     copy.write_bytes(DEFAULT_PATH.read_bytes())
     prints = {size: Tokenizer(vocab_size=size).fingerprint for size in (512, 513, 8192, 128_256)}
@@ -460,7 +461,7 @@ def test_fingerprint_is_a_function_of_the_vocabulary_size_alone(tmp_path):
     assert all(isinstance(text, str) and text.isascii() and text for text in prints.values())
 
 
-def test_fingerprint_is_the_one_in_the_manifests_that_lie_on_disks():
-    """If this goes red on purpose, shards prepared before must be prepared again: say so where users read it."""
+def test_the_fingerprint_equals_the_one_in_existing_manifests():
+    """If you change the fingerprint on purpose, users must prepare their shards again. Say so where they read it."""
     assert Tokenizer().fingerprint.startswith("cf96ac4b215420d9")
     assert Tokenizer(vocab_size=8192).fingerprint.startswith("3e3afb3b0e4f1c37")
