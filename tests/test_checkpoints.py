@@ -1,4 +1,4 @@
-"""checkpoints.py: whole or absent, found, pruned, and no code in them is run."""
+"""checkpoints.py: checkpoints are whole or absent, found and pruned, and code in them does not run."""
 
 import os
 import pickle
@@ -71,7 +71,7 @@ def test_tied_weights_are_tied_after_loading(tmp_path):
     assert loaded.output.weight is loaded.tok_embeddings.weight
 
 
-def test_newest_are_kept_and_the_best_besides(tmp_path):
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     for step in (8, 9, 10, 11):
         save(tmp_path, step, keep=2, is_best=step == 8)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step_00000010.pt", "step_00000011.pt"]
@@ -100,12 +100,12 @@ def chained(error: Exception, context: Exception | None) -> Exception:
     "failure",
     [
         chained(OSError(*FULL.args), None),
-        chained(RuntimeError(*BROKEN.args), FULL),  # torch's writer notices at its own end
+        chained(RuntimeError(*BROKEN.args), FULL),  # torch's writer notices it when it ends
         chained(OSError(*FULL.args), chained(RuntimeError(*BROKEN.args), FULL)),  # and closing the file fails too
     ],
     ids=["plain", "from torch's writer", "from closing the file"],
 )
-def test_failed_save_tells_why_and_leaves_the_older_checkpoint_and_no_litter(tmp_path, monkeypatch, failure):
+def test_failed_save_says_why_and_leaves_only_the_older_checkpoint(tmp_path, monkeypatch, failure):
     older = save(tmp_path, 1, is_best=True)
     before = older.read_bytes()
 
@@ -145,7 +145,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
         with pytest.raises(ValueError, match=f"{name}: not a readable checkpoint"):
             load_checkpoint(tmp_path / name, "cpu")
         assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / "step_00000001.pt", weights_only=False)  # the trap would have snapped
+    torch.load(tmp_path / "step_00000001.pt", weights_only=False)  # this shows that the code can run
     assert (tmp_path / "ran").exists()
 
 
@@ -175,7 +175,7 @@ def test_other_torch_files_are_no_checkpoints(tmp_path, content):
         load_checkpoint(tmp_path / "other.pt", "cpu")
 
 
-def test_checkpoint_of_another_format_is_told_from_a_damaged_one(tmp_path):
+def test_checkpoint_of_another_format_is_not_called_damaged(tmp_path):
     torch.save({"format_version": 99}, tmp_path / "newer.pt")
     with pytest.raises(ValueError, match=r"newer\.pt: of format 99, this code reads 1; take the code that wrote it"):
         load_checkpoint(tmp_path / "newer.pt", "cpu")
@@ -201,6 +201,6 @@ def test_a_cpu_without_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypa
         load_checkpoint(path, "cpu")
 
 
-def test_missing_checkpoint_is_a_missing_file(tmp_path):
+def test_missing_checkpoint_raises_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "none.pt", "cpu")

@@ -1,4 +1,4 @@
-"""Generation against Hugging Face's, nuclei worked out by hand, and the command line as a user types it."""
+"""generate.py: compared with Hugging Face's, with nuclei worked out by hand, and run as a user types it."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import TINY, hf_twin, one_thread, random_model  # noqa: F401 (one_thread acts by being here)
+from test_model import TINY, hf_twin, one_thread, random_model  # noqa: F401 (one_thread is autouse)
 
 import generate as script
 from checkpoints import save_checkpoint
@@ -51,10 +51,10 @@ def test_greedy_ids_of_a_batch_equal_hugging_faces_of_each_prompt(changes):
     model = random_model(**changes)
     ours = generate(model, PROMPTS, max_new_tokens=24, temperature=0)
     assert ours == [hf_greedy(model, prompt, 24) for prompt in PROMPTS]
-    assert all(len(set(row)) > 5 for row in ours)  # not one id over and over, which anything could get right
+    assert all(len(set(row)) > 5 for row in ours)  # one id over and over would show nothing
 
 
-def test_greedy_ids_are_those_of_an_argmax_over_the_whole_text_each_time():
+def test_greedy_ids_equal_those_of_a_loop_without_a_cache():
     model = random_model()
     for prompt in PROMPTS:
         ids = list(prompt)
@@ -73,13 +73,13 @@ def test_a_batch_equals_its_prompts_alone_in_any_order():
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_as_many_new_ids_as_asked_for(count):
+def test_generate_returns_as_many_new_ids_as_asked_for(count):
     rows = generate(random_model(), PROMPTS, max_new_tokens=count, generator=torch.Generator().manual_seed(0))
     assert [len(row) for row in rows] == [count] * len(PROMPTS)
     assert all(type(token) is int and 0 <= token < 101 for row in rows for token in row)
 
 
-def test_no_new_ids_where_none_are_asked_for():
+def test_generate_returns_no_new_ids_if_none_are_asked_for():
     assert generate(random_model(), PROMPTS, max_new_tokens=0, temperature=0) == [[] for _ in PROMPTS]
 
 
@@ -116,8 +116,8 @@ def test_the_cache_is_allocated_once_for_just_the_positions_needed(dtype, monkey
     assert caches[0].keys.dtype == caches[0].values.dtype == dtype
 
 
-def test_a_model_cast_to_bf16_takes_ids_that_are_its_likeliest_without_a_cache_too():
-    """The ids are the likeliest up to rounding: sums in another order are rounded to 8 bits."""
+def test_a_model_in_bf16_takes_the_ids_that_are_likeliest_without_a_cache():
+    """The ids are the likeliest up to rounding: the cache adds in another order, and each sum is rounded to 8 bits."""
     model = random_model().to(torch.bfloat16)
     for prompt, new in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=12, temperature=0), strict=True):
         with torch.no_grad():
@@ -129,7 +129,7 @@ def test_a_model_cast_to_bf16_takes_ids_that_are_its_likeliest_without_a_cache_t
 # ---------------------------------------------------------------- where a row ends
 
 
-def test_a_stop_token_ends_its_row_alone_and_is_not_returned():
+def test_a_stop_token_ends_only_its_own_row_and_is_not_returned():
     model = random_model()
     free = generate(model, PROMPTS, max_new_tokens=20, temperature=0)
     stop = free[0][6]
@@ -148,7 +148,7 @@ def test_several_stop_tokens_end_rows_where_hugging_face_ends_them():
     assert all(len(row) < 20 for row in ours)
 
 
-def test_a_stop_token_at_once_leaves_an_empty_row():
+def test_a_row_that_begins_with_a_stop_token_is_empty():
     model = random_model()
     free = generate(model, PROMPTS, max_new_tokens=20, temperature=0)
     rows = generate(model, PROMPTS, max_new_tokens=20, temperature=0, stop_tokens=[free[1][0]])
@@ -174,7 +174,7 @@ def test_rows_end_where_the_context_is_full_and_shorter_ones_go_on():
     assert ours == [hf_greedy(model, prompt, 16 - len(prompt)) for prompt in prompts]
 
 
-def test_nothing_is_computed_once_all_rows_have_ended():
+def test_nothing_is_computed_after_all_rows_have_ended():
     model = random_model(max_seq_len=16)
     passes = []
     model.tok_embeddings.register_forward_hook(lambda *_: passes.append(1))
@@ -228,7 +228,7 @@ def draws(probabilities, temperature, top_p, count=20_000):
         (1.0, {0, 1, 2, 3, 4}),
     ],
 )
-def test_draws_are_of_the_nucleus_in_its_proportions(top_p, nucleus):
+def test_ids_are_drawn_from_the_nucleus_in_proportion_to_their_probabilities(top_p, nucleus):
     shares = draws(PROBABILITIES, 1.0, top_p)
     kept = torch.tensor([p if i in nucleus else 0.0 for i, p in enumerate(PROBABILITIES)])
     assert set(shares.nonzero().flatten().tolist()) == nucleus
@@ -236,13 +236,13 @@ def test_draws_are_of_the_nucleus_in_its_proportions(top_p, nucleus):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_temperature_is_the_exponent_of_the_probabilities(temperature):
+def test_probabilities_are_raised_to_1_over_the_temperature(temperature):
     expected = torch.tensor(PROBABILITIES) ** (1 / temperature)
     torch.testing.assert_close(draws(PROBABILITIES, temperature, 1.0), expected / expected.sum(), rtol=0, atol=0.015)
 
 
-def test_the_nucleus_is_that_of_the_probabilities_after_the_temperature():
-    # squared and normalised they are 0.53, 0.3, 0.13, 0.03: two of them reach 0.8, of the plain ones three
+def test_the_nucleus_is_taken_after_the_temperature_is_applied():
+    # Squared and normalised they are 0.53, 0.3, 0.13, 0.03, so two of them reach 0.8. Without squaring, three do.
     assert set(draws([0.4, 0.3, 0.2, 0.1], 0.5, 0.8).nonzero().flatten().tolist()) == {0, 1}
     assert set(draws([0.4, 0.3, 0.2, 0.1], 1.0, 0.8).nonzero().flatten().tolist()) == {0, 1, 2}
 
@@ -271,7 +271,7 @@ def test_a_very_low_temperature_takes_the_likeliest(top_p):
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_logits_in_bf16_are_drawn_from(top_p):
+def test_ids_are_drawn_from_logits_in_bf16(top_p):
     logits = torch.tensor([PROBABILITIES]).log().bfloat16().expand(2000, -1)
     assert len(sample_next(logits, 1.0, top_p, torch.Generator().manual_seed(0)).unique()) >= 4
 
@@ -286,15 +286,15 @@ def test_a_nucleus_of_half_a_large_vocabulary_is_that_half(dtype):
 
 
 def nucleus_by_sorting(probabilities, top_p):
-    """The ids of a row whose sum reaches `top_p`: the likeliest first, and of equal ids the lower first."""
+    """The likeliest ids of a row that reach `top_p`, and their probabilities. Of equal ids the lower comes first."""
     ranked, ids = probabilities.sort(descending=True, stable=True)
     size = int((ranked.cumsum(-1) - ranked < top_p).sum())
     return ids[:size].tolist(), ranked[:size].tolist()
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 0.95, 0.999])
-@pytest.mark.parametrize("spread", [0.0, 0.3, 2.0, 5.0, 50.0])  # from all alike to one that has it all
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])  # bf16 and whole numbers have equals
+@pytest.mark.parametrize("spread", [0.0, 0.3, 2.0, 5.0, 50.0])  # from all ids equally likely to one certain id
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])  # bf16 and int64 give equal logits
 def test_the_nucleus_among_candidates_is_that_of_the_whole_vocabulary(top_p, spread, dtype):
     logits = (spread * torch.randn(3, 3000, generator=torch.Generator().manual_seed(0))).to(dtype).float()
     logits[1] /= 3
@@ -305,19 +305,19 @@ def test_the_nucleus_among_candidates_is_that_of_the_whole_vocabulary(top_p, spr
         assert found == [nucleus_by_sorting(row, top_p) for row in probabilities]
 
 
-def test_equals_of_the_last_candidate_are_not_lost():
-    """Of the ids 2 to 9, all alike, two are needed: the lower ones, whichever the candidates are."""
+def test_ids_as_likely_as_the_last_candidate_are_not_lost():
+    """The ids 2 to 9 are equally likely. The nucleus needs two of them: 2 and 3, for any number of candidates."""
     probabilities = torch.tensor([[0.1] + [0.3] + [0.075] * 8])
     for candidates in range(1, 11):
         ids, kept = nucleus(probabilities, 0.5, candidates)
         assert ids[kept > 0].tolist() == [1, 0, 2, 3]
 
 
-def test_a_vocabulary_is_sorted_only_where_the_candidates_do_not_suffice():
+def test_a_vocabulary_is_sorted_only_if_the_candidates_are_too_few():
     logits = torch.randn(2, 128_256, generator=torch.Generator().manual_seed(0))
     assert nucleus((6 * logits).softmax(-1), 0.95)[0].shape == (2, CANDIDATES)
     assert nucleus(logits.softmax(-1), 0.95)[0].shape == (2, 128_256)
-    logits[0] *= 6  # one row that needs it is enough
+    logits[0] *= 6  # one row that needs all ids is enough
     assert nucleus(logits.softmax(-1), 0.95)[0].shape == (2, 128_256)
 
 
@@ -326,17 +326,17 @@ def sampled(model, seed, **changes):
     return generate(model, PROMPTS, **settings, generator=torch.Generator().manual_seed(seed))
 
 
-def test_same_seed_same_ids_other_seed_others():
+def test_the_same_seed_draws_the_same_ids_and_another_seed_draws_others():
     model = random_model()
     assert sampled(model, 0) == sampled(model, 0)
     assert sampled(model, 0) != sampled(model, 1)
     assert sampled(model, 0) != sampled(model, 0, temperature=0)
 
 
-def test_a_generator_of_ones_own_leaves_the_global_one_alone():
-    """Training must draw the same numbers with samples on the way and without."""
+def test_a_generator_that_is_passed_in_leaves_the_global_one_alone():
+    """Training must draw the same numbers whether or not it makes samples on the way."""
     before = torch.get_rng_state()
-    sampled(random_model(), 0)  # random_model() draws its initial weights from it
+    sampled(random_model(), 0)  # random_model() draws its initial weights from the global one
     torch.set_rng_state(before)
     model = random_model()
     before = torch.get_rng_state()
@@ -384,7 +384,7 @@ def test_a_text_ends_at_each_of_the_stop_tokens(name):
     assert complete(model, tokenizer, ["Once"], **settings) == [expected]
 
 
-def test_same_seed_same_texts(model_of_bytes):
+def test_the_same_seed_gives_the_same_texts(model_of_bytes):
     settings = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.95}
     tokenizer = Tokenizer(vocab_size=512)
     first, second, other = (complete(model_of_bytes, tokenizer, ["a"], **settings, seed=seed) for seed in (0, 0, 1))
@@ -417,7 +417,7 @@ def run_dir(model_of_bytes, tmp_path_factory):
 
 
 def in_a_shell(*arguments):
-    """Run `python generate.py` elsewhere than in the repository; return its exit status, stdout and stderr."""
+    """Run `python generate.py` outside the repository. Return its exit status, stdout and stderr."""
     path = Path(script.__file__).resolve()
     done = subprocess.run(
         [sys.executable, path, *map(str, arguments), "--device", "cpu"],
@@ -431,13 +431,13 @@ def in_a_shell(*arguments):
 
 @pytest.fixture
 def in_process(monkeypatch, capsys):
-    """Like `in_a_shell`, but in this process, so that no other Python must import torch."""
+    """Like `in_a_shell`, but in this process, which saves another import of torch."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments), "--device", "cpu"])
         try:
             status = script.main()
-        except SystemExit as error:  # argparse's
+        except SystemExit as error:  # argparse raises it
             status = error.code
         out, err = capsys.readouterr()
         return status, out, err
@@ -498,7 +498,7 @@ def test_prompts_come_back_as_typed(prompt, run_dir, in_process):
     assert out.startswith(prompt)
 
 
-def test_a_prompt_whose_bytes_are_no_utf8_is_continued(run_dir, in_process):
+def test_a_prompt_whose_bytes_are_not_utf8_is_continued(run_dir, in_process):
     """A shell may pass any bytes. Python shows a byte that is not UTF-8 as a lone surrogate."""
     status, out, _ = in_process("--checkpoint", run_dir, "--prompt", "a\udcffb", "--max_new_tokens", 2)
     assert status == 0
@@ -547,7 +547,7 @@ def test_a_flipped_bit_in_the_weights_is_noticed(run_dir, tmp_path, in_process):
     ],
     ids=["other data", "a list", "no model", "no weights", "unknown field", "later format"],
 )
-def test_a_file_that_torch_reads_and_is_not_ours_is_refused_in_one_sentence(saved, tmp_path, in_process):
+def test_a_torch_file_that_is_no_usable_checkpoint_is_refused_in_one_sentence(saved, tmp_path, in_process):
     path = tmp_path / "other.pt"
     torch.save(saved, path)
     assert_one_sentence(*in_process("--checkpoint", path, "--prompt", "Hi"), path)
@@ -560,7 +560,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused_in_one_sentence(m
     assert_one_sentence(*in_process("--checkpoint", path, "--prompt", "Hi"), path)
 
 
-def test_a_vocabulary_that_is_no_tokenizers_is_refused_in_one_sentence(tmp_path, in_process):
+def test_a_vocabulary_size_that_no_tokenizer_has_is_refused_in_one_sentence(tmp_path, in_process):
     path = save_checkpoint(tmp_path, checkpoint_of(random_model(vocab_size=300)), keep=1, is_best=False)
     assert_one_sentence(*in_process("--checkpoint", path, "--prompt", "Hi"), "vocab_size=300")
 

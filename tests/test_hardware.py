@@ -1,4 +1,4 @@
-"""hardware.py: devices, the fast dtype, memory and peak speed. CPU, no network."""
+"""hardware.py: devices, the fast dtype, memory and peak speed. The tests need only a CPU and no network."""
 
 import ctypes
 import platform
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model_utils import alone, set_ranks  # noqa: F401 (alone acts by being here)
+from test_model_utils import alone, set_ranks  # noqa: F401 (alone is autouse)
 
 from config import local_device as pick_device
 from hardware import can_compile, fastest_dtype, keep_freed_memory, peak_flops
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Pretend that the machine has `count` GPUs, and an Apple one or not."""
+    """Pretend that the machine has `count` CUDA GPUs, and an Apple GPU if `mps` is true."""
 
     def pretend(count: int, mps: bool = False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -86,7 +86,7 @@ def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
         pick_device("cuda")
 
 
-def test_compiler_that_fails_means_training_without(monkeypatch, capsys):
+def test_compiler_that_fails_is_not_used(monkeypatch, capsys):
     def broken(function):
         raise FileNotFoundError("g++")
 
@@ -95,7 +95,7 @@ def test_compiler_that_fails_means_training_without(monkeypatch, capsys):
     assert "FileNotFoundError" in capsys.readouterr().out
 
 
-def test_peak_of_a_known_gpu_is_its_data_sheets(monkeypatch):
+def test_peak_of_a_known_gpu_comes_from_its_data_sheet(monkeypatch):
     gpu = torch.device("cuda", 0)
     cards = {
         "NVIDIA H100 80GB HBM3": 989e12,
@@ -114,7 +114,7 @@ def test_peak_of_another_gpu_with_a_similar_name_is_measured(monkeypatch):
     def measured(*args, **kwargs):
         raise InterruptedError
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A1000 Laptop GPU")  # no A100
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A1000 Laptop GPU")  # not an A100
     monkeypatch.setattr(torch, "randn", measured)
     with pytest.raises(InterruptedError):
         peak_flops(torch.device("cuda", 0), torch.bfloat16)
@@ -137,7 +137,7 @@ def test_bf16_is_taken_where_the_hardware_multiplies_it(monkeypatch, has_bf16):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the switches")
 def test_kept_memory_comes_without_page_faults():
-    """It runs in a process of its own, because a process keeps the switches to its end."""
+    """It runs in a process of its own, because a process keeps the switches until it ends."""
     lines = """
 import resource, torch
 from hardware import keep_freed_memory

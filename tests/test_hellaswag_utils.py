@@ -40,7 +40,7 @@ ROW = {"ind": 1, "ctx": "A cat", "endings": ["sat.", "flew away.", "", "<|end_of
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """With tensors this small a second thread only waits: for seconds, if other programs keep the cores busy."""
+    """A second thread only waits at this size. It waits for seconds if other programs keep the cores busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -68,7 +68,7 @@ def model():
 
 
 def random_examples(count, *, context=(1, 20), ending=(1, 19), seed=1):
-    """Examples that fit the model's 40 positions unless asked for longer ones; 2 to 5 endings."""
+    """Examples with 2 to 5 endings. They fit the model's 40 positions, unless the caller asks for longer ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(low, high):
@@ -83,7 +83,7 @@ def random_examples(count, *, context=(1, 20), ending=(1, 19), seed=1):
 
 
 def naive_log_probs(model, context, ending):
-    """One text at a time, all logits at all positions, a loop over the ending."""
+    """Compute one text at a time, with all logits at all positions, and loop over the ending."""
     ids = context + ending
     with torch.no_grad():
         log_probs = model(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
@@ -166,7 +166,7 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line):
     assert str(error.value).startswith(f"{path}, line 3: ")
 
 
-def test_a_row_becomes_ids_with_the_space_at_the_endings_side(tokenizer):
+def test_a_row_becomes_ids_and_the_space_belongs_to_the_ending(tokenizer):
     example = render(ROW, tokenizer)
     assert example.context == [tokenizer.bos_id, *tokenizer.encode("A cat")]
     assert [tokenizer.decode(ending) for ending in example.endings] == [" " + ending for ending in ROW["endings"]]
@@ -220,7 +220,7 @@ def test_the_shares_of_all_ranks_add_up_to_the_whole(model, examples, expected, 
 
 
 def watch(monkeypatch, model, name):
-    """Shapes of what goes into a method of `model`, call by call."""
+    """The shape of the input of a method of `model`, for each call."""
     shapes, method = [], getattr(model, name)
 
     def watched(x, **kwargs):
@@ -231,7 +231,7 @@ def watch(monkeypatch, model, name):
     return shapes
 
 
-def test_a_context_is_computed_once_for_its_endings(model, monkeypatch):
+def test_a_context_is_computed_once_for_all_its_endings(model, monkeypatch):
     shapes = watch(monkeypatch, model, "hidden")
     example = Example([1, 2, 3, 4, 5], [[6, 7], [8], [9, 10, 11], [12, 13, 14, 15]], 0)
     score(model, [example])
@@ -246,14 +246,14 @@ def test_batches_are_bounded_in_tokens_and_hold_little_padding(model, monkeypatc
     needed = sum(len(e.context) + sum(len(ending) - 1 for ending in e.endings) for e in examples)
     assert max(computed) <= 400 and len(shapes) < 2 * needed / 400
     assert needed <= sum(computed) < 1.1 * needed
-    assert shapes[0][1] == max(longest for _, longest in shapes)  # the longest first
-    # Few rows of many lengths: rather several batches than one of a third padding.
+    assert shapes[0][1] == max(longest for _, longest in shapes)  # the longest rows come first
+    # A few rows of many lengths make several batches. In a single batch a third would be padding.
     shapes.clear()
     score(model, [Example([1] * n, [[2, 3]], 0) for n in (36, 35, 20, 19, 5)], batch_tokens=10_000)
     assert shapes == [(2, 37), (2, 21), (1, 6)]
 
 
-def test_the_output_layer_runs_a_slice_at_a_time_and_where_endings_are_predicted(model, examples, monkeypatch):
+def test_the_output_layer_runs_in_slices_and_only_where_endings_are_predicted(model, examples, monkeypatch):
     expected = score(model, examples)
     monkeypatch.setattr(loss, "SLICE", 64)
     positions, mm = [], torch.mm
@@ -273,17 +273,15 @@ def test_the_output_layer_runs_a_slice_at_a_time_and_where_endings_are_predicted
 @pytest.mark.parametrize(
     "example",
     [
-        Example([1], [[2], [3], [4], [5]], 0),  # nothing but the begin-of-text id; single tokens
-        Example(
-            [*range(100, 130)], [[i] * 9 for i in range(2, 20)], 0
-        ),  # more endings than a row of 40 tokens has room for
-        Example([*range(100, 130)], [[2] * 11], 0),  # one ending; it fits to the last token
+        Example([1], [[2], [3], [4], [5]], 0),  # the context is only the begin-of-text id; an ending is one token
+        Example([*range(100, 130)], [[i] * 9 for i in range(2, 20)], 0),  # too many endings for a row of 40 tokens
+        Example([*range(100, 130)], [[2] * 11], 0),  # one ending, which just fits
         Example(
             [*range(100, 138)], [[2] * 5, [3], [4] * 3, [5] * 4], 0
-        ),  # some fit and share, others lose the beginning
+        ),  # some share the context, others lose its beginning
     ],
 )
-def test_endings_of_all_sorts_are_scored_as_alone(model, example):
+def test_endings_of_all_kinds_have_the_scores_that_they_have_alone(model, example):
     assert all(len(row) <= CONFIG.max_seq_len for row in pack([example], CONFIG.max_seq_len))
     [log_probs] = score(model, [example])
     for ending, one in zip(example.endings, log_probs, strict=True):
@@ -291,7 +289,7 @@ def test_endings_of_all_sorts_are_scored_as_alone(model, example):
         assert one.tolist() == pytest.approx(naive_log_probs(model, context, ending), abs=1e-4)
 
 
-def test_where_nothing_predicts_a_token_it_does_not_count(model):
+def test_a_token_that_nothing_predicts_does_not_count(model):
     [[first, second, third]] = score(model, [Example([], [[1, 2, 3], [4], []], 0)])
     assert first.tolist() == pytest.approx(naive_log_probs(model, [1], [2, 3]), abs=1e-4)
     assert len(second) == len(third) == 0
@@ -316,14 +314,14 @@ def test_acc_takes_the_sum_and_acc_norm_the_mean(model, monkeypatch):
     endings = [[7, 7, 7], [7]]
     assert count_correct(model, [Example([1], endings, 0)]) == [0, 1, 1]
     assert count_correct(model, [Example([1], endings, 1)]) == [1, 0, 1]
-    # Divided by 9 and 9, not by tokens: the first has -1/3, the second -2/9. By 9 and 0: the second has no length.
+    # Divided by lengths of 9 and 9, the means are -1/3 and -2/9. With a length of 0 the second ending has no mean.
     assert count_correct(model, [Example([1], endings, 1, lengths=[9, 9])]) == [1, 1, 1]
     assert count_correct(model, [Example([1], endings, 0, lengths=[9, 0])]) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("context_len", [1, 2, 30, 31, 32, 33, 100])
 def test_a_text_that_is_too_long_loses_its_beginning_and_keeps_its_ending(model, context_len):
-    # 40 positions hold 40 inputs, and the last token is a target only: 41 ids, here 10 of them the ending's.
+    # 40 positions hold 40 inputs. The last token is only a target, so 41 ids fit. Here the ending has 10 of them.
     (example,) = random_examples(1, context=(context_len, context_len), ending=(10, 10))
     [log_probs] = score(model, [example])
     for ending, one in zip(example.endings, log_probs, strict=True):
@@ -432,7 +430,7 @@ def test_a_limit_scores_the_first_rows(monkeypatch, capsys, model, tokenizer, ch
 
 
 @pytest.mark.parametrize("fastest", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_trained_in_bfloat16_is_scored_in_what_is_fast_here(
+def test_a_checkpoint_trained_in_bfloat16_is_scored_in_the_fastest_dtype(
     tmp_path, monkeypatch, capsys, model, tokenizer, data, fastest
 ):
     used, mm = set(), torch.mm
@@ -459,7 +457,9 @@ def garbage(path):
 
 @pytest.mark.parametrize("damage", [missing, empty, garbage])
 @pytest.mark.parametrize("which", ["checkpoint", "data"])
-def test_a_missing_or_damaged_file_is_one_sentence_and_status_1(monkeypatch, capsys, checkpoint, data, which, damage):
+def test_a_missing_or_damaged_file_gives_one_sentence_and_status_1(
+    monkeypatch, capsys, checkpoint, data, which, damage
+):
     path = checkpoint if which == "checkpoint" else data
     damage(path)
     assert main(monkeypatch, "--checkpoint", checkpoint, "--data", data) == 1
@@ -485,45 +485,45 @@ LM_EVAL_ROWS = [
     {"activity_label": "Pets", "ctx_a": "[header] How to wash a cat [title] Find it. [step] Look\nhere.", "ctx_b": ""},
     {"activity_label": "Zürich", "ctx_a": "Ein Zug [substeps]", "ctx_b": "fährt  ab und"},
     {"activity_label": " Ends in space", "ctx_a": "The label is stripped, the brackets are not. [step]", "ctx_b": ""},
-    {"activity_label": "[a", "ctx_a": "b", "ctx_b": "]"},  # nothing is left: the begin-of-text id stands alone
+    {"activity_label": "[a", "ctx_a": "b", "ctx_b": "]"},  # only the begin-of-text id is left
     {"activity_label": "Line end", "ctx_a": "It ended.\n[step]", "ctx_b": ""},  # ".\n" is one token, "." another
     {"activity_label": "long", "ctx_a": "word " * 30 + "and", "ctx_b": "so on"},  # longer than the model's context
 ]
 ENDINGS = [
     [" sat down.", "[title] Tips [substeps] Use soap, not oil.", "é è ê ü ö ä", "flew away."],
     ["runs.", "[step] walks [title] off.", "", "東京"],
-    ["ééééé", "runs off.", "üüü", "東京"],  # characters and bytes choose differently
+    ["ééééé", "runs off.", "üüü", "東京"],  # lengths in characters and in bytes choose differently
 ]
 
 
 def lm_eval_rows():
-    """Each row with each label: the label that is right shows which ending was chosen."""
+    """Each row with each label. The label that counts as right shows which ending was chosen."""
     for i, (row, endings, label) in enumerate(itertools.product(LM_EVAL_ROWS, ENDINGS, range(4))):
         yield {"ind": i, **row, "ctx": "not read", "endings": endings, "label": label}
 
 
-def test_lm_evals_rendering(tokenizer):
+def test_rows_are_rendered_as_lm_eval_renders_them(tokenizer):
     row = {**LM_EVAL_ROWS[0], "endings": ENDINGS[0], "label": "1"}
     example = render(row, tokenizer, "lm-eval")
-    # str.capitalize also makes the rest small; a space is left where a bracket was.
+    # str.capitalize also makes the other letters small. A removed bracket leaves a space.
     context = "Roof shingle removal: A man is sitting on a roof. He wears a hat and"
     assert example.context == tokenizer.encode(context, bos=True)
     endings = [" sat down.", "  Tips Use soap, not oil.", " é è ê ü ö ä", " flew away."]
     assert [tokenizer.decode(ending) for ending in example.endings] == endings
-    assert example.lengths == [9, 24, 11, 10]  # characters, after the space that joins
+    assert example.lengths == [9, 24, 11, 10]  # in characters, without the space that joins
     assert example.label == 1
     example = render({**row, **LM_EVAL_ROWS[1]}, tokenizer, "lm-eval")
     assert tokenizer.decode(example.context[1:]) == "Pets: How to wash a cat. Find it. Look\nhere."
-    # White space at the context's end is the ending's.
+    # White space at the end of the context belongs to the ending.
     example = render({**row, **LM_EVAL_ROWS[3]}, tokenizer, "lm-eval")
     assert tokenizer.decode(example.context[1:]).endswith("are not.")
     assert tokenizer.decode(example.endings[3]) == "  flew away."
-    # Encoded in one, "." and a line end are one token, which the context alone does not have; it is dropped.
+    # In the whole text "." and the line end are one token. The context alone lacks that token, so it is dropped.
     words = Tokenizer(vocab_size=8192)
     example = render({**row, **LM_EVAL_ROWS[5]}, words, "lm-eval")
     assert words.decode(example.context[1:]) == "Line end: It ended."
     assert words.decode(example.endings[3]) == " flew away."
-    # What reads like a control token stays text.
+    # Text that looks like a control token stays text.
     example = render({**row, "ctx_a": "<|eot_id|>", "endings": ["<|eot_id|>", ""], "label": 0}, tokenizer, "lm-eval")
     assert all(i < VOCAB - 256 for ids in (example.context[1:], *example.endings) for i in ids)
     assert example.lengths == [10, 0]
@@ -533,7 +533,7 @@ def test_lm_evals_rendering(tokenizer):
 def test_a_row_without_lm_evals_fields_is_named_by_file_and_line(tmp_path, monkeypatch, capsys, checkpoint, field):
     rows = list(lm_eval_rows())[:2]
     path = write_rows(tmp_path / "a.jsonl", [rows[0], {k: v for k, v in rows[1].items() if k != field}])
-    assert len(list(iterate_rows(path))) == 2  # the other style does not read it
+    assert len(list(iterate_rows(path))) == 2  # the other style does not read the field
     assert main(monkeypatch, "--checkpoint", checkpoint, "--data", path, "--style", "lm-eval") == 1
     fields = "activity_label, ctx_a, ctx_b, endings, label"
     expected = f"hellaswag_utils.py: {path}, line 2: not a row of HellaSwag ({fields}); mend the line\n"
@@ -541,7 +541,7 @@ def test_a_row_without_lm_evals_fields_is_named_by_file_and_line(tmp_path, monke
 
 
 def hugging_face_tokenizer(tokenizer, folder):
-    """Hugging Face's tokenizer with the ids of ours, begin-of-text first, as Llama 3's published one has it."""
+    """Our tokenizer as Hugging Face's, with the same ids. Begin-of-text comes first, as in Llama 3's published one."""
     lines = tokenizer.path.read_bytes().splitlines(keepends=True)[: tokenizer.vocab_size - NUM_SPECIAL_TOKENS]
     path = folder / "tokenizer.model"
     path.write_bytes(b"".join(lines))
@@ -554,7 +554,7 @@ def hugging_face_tokenizer(tokenizer, folder):
 
 
 def lm_eval_samples(model, tokenizer, data, folder):
-    """The results of lm-evaluation-harness for each row of `data`, from its hellaswag task with rows from a file."""
+    """The results of lm-evaluation-harness for each row of the file `data`, from its hellaswag task."""
     lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lm-eval[hf]>=0.4.13,<0.5'")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -574,7 +574,7 @@ def lm_eval_samples(model, tokenizer, data, folder):
 
 @pytest.mark.slow
 def test_log_likelihoods_and_choices_equal_lm_evaluation_harness(tmp_path):
-    """It needs the harness, whose 47 packages are not among the tests' own:
+    """This needs the harness. Its 47 packages are not among those that the tests install:
 
     pip install "lm-eval[hf]>=0.4.13,<0.5" && python -m pytest -m slow tests/test_hellaswag_utils.py
     """

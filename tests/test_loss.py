@@ -1,9 +1,9 @@
-"""loss.py: the loss in slices against the plain one, against torch's cross-entropy, and in bfloat16."""
+"""loss.py: the loss in slices compared with the plain loss and with torch's cross-entropy, also in bfloat16."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import assert_close, one_thread, random_model, random_tokens  # noqa: F401 (one_thread acts by being here)
+from test_model import assert_close, one_thread, random_model, random_tokens  # noqa: F401 (one_thread is autouse)
 
 import loss as loss_module
 from loss import IGNORED, OutputLoss, plain_loss, token_losses
@@ -61,8 +61,8 @@ def test_loss_without_gradients_is_the_same(mode):
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 @pytest.mark.parametrize("size", [1, 7, 32, 63, 64, 65])
-def test_a_loss_in_slices_has_the_value_and_the_gradients_of_the_whole(monkeypatch, size, tie_embeddings):
-    """64 tokens, of which some do not count; the last slice may be short, and one slice counts nothing."""
+def test_a_loss_in_slices_has_the_value_and_the_gradients_of_the_whole_loss(monkeypatch, size, tie_embeddings):
+    """Some of the 64 tokens do not count. The last slice may be short. A slice may have no token that counts."""
     monkeypatch.setattr(loss_module, "SLICE", size)
     model = random_model(tie_embeddings=tie_embeddings)
     tokens, targets = random_tokens(2, 32), random_tokens(2, 32, seed=2)
@@ -81,7 +81,7 @@ def test_a_loss_in_slices_has_the_value_and_the_gradients_of_the_whole(monkeypat
 
 
 def test_slices_under_bf16_autocast_add_up_in_float32(monkeypatch):
-    """512 of them: a sum in bfloat16 loses what is smaller than a 256th of it."""
+    """There are 512 slices. A sum in bfloat16 loses each term that is smaller than a 256th of the sum."""
     monkeypatch.setattr(loss_module, "SLICE", 1)
     model = random_model()
     weight = model.output.weight
@@ -95,7 +95,7 @@ def test_slices_under_bf16_autocast_add_up_in_float32(monkeypatch):
 
 def test_a_target_that_is_nearly_certain_keeps_its_gradient_in_bf16():
     """If p were rounded to bfloat16 before 1 is subtracted, the gradient would be 0 or far too large. A share of 1/12
-    is rounded in bfloat16, too."""
+    is rounded in bfloat16 too."""
     model = random_model()
     targets = random_tokens(1, 12)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_a_loss_goes_backward_only_once_and_says_so():
         loss.backward()
 
 
-def test_targets_that_all_do_not_count_have_no_mean():
+def test_loss_is_nan_if_no_target_counts():
     """torch's own cross-entropy does the same."""
     model = random_model()
     assert model(random_tokens(1, 8), torch.full((1, 8), -100)).isnan()
@@ -163,7 +163,7 @@ def test_the_slices_compute_what_the_plain_loss_computes(monkeypatch, size):
 @pytest.mark.parametrize("with_gradients", [True, False])
 @pytest.mark.parametrize("target", [-1, -99, -101, 101, 10**6])
 def test_a_target_that_is_no_id_is_refused_with_gradients_and_without(target, with_gradients):
-    """Only -100 is left out. Another negative target counted as id 0 once, where gradients were on."""
+    """Only -100 is left out. In an earlier version other negative targets counted as id 0 if gradients were on."""
     model, targets = random_model(), random_tokens(2, 8, seed=2)
     targets[1, 3] = target
     with torch.set_grad_enabled(with_gradients), pytest.raises(IndexError, match=rf"0 to 100, or -100.*found {target}"):

@@ -1,4 +1,4 @@
-"""The model against Hugging Face's Llama with the same weights, against published counts, and against itself."""
+"""model.py compared with Hugging Face's Llama with the same weights, with published counts, and with itself."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """A second thread does not speed up matrices this small. On a busy machine waiting for it takes longer than all."""
+    """A second thread does not speed up small matrices. On a busy machine waiting for it takes longer than the work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def one_thread():
 
 
 def random_model(seed=0, **changes):
-    """A model with large weights. With the initial deviation of 0.02 all logits are near zero, and hide defects."""
+    """A model with large weights. With the initial deviation of 0.02 all logits are near zero and hide defects."""
     model = place_model(Transformer(ModelConfig(**{**TINY, **changes})), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def assert_close(ours, expected, tolerance=1e-4):
     torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
 
 
-# ---------------------------------------------------------------- logits, loss and gradients of a peer
+# ---------------------------------------------------------------- logits, loss and gradients equal Hugging Face's
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -171,7 +171,7 @@ def test_loss_and_every_gradient_equal_hugging_faces(name):
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-# ---------------------------------------------------------------- loss
+# ---------------------------------------------------------------- half precision
 
 
 def test_logits_in_bf16_are_near_float32():
@@ -186,7 +186,7 @@ def test_logits_in_bf16_are_near_float32():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norms_of_large_half_precision_numbers_have_the_bits_of_hugging_faces(dtype):
-    """The square of 300 is beyond float16, so the arithmetic is not in it. The quotient is rounded, then scaled."""
+    """The square of 300 is too large for float16, so the norm computes in float32. It rounds, then scales."""
     norm = random_model(dim=64).norm.to(dtype)
     peer = LlamaRMSNorm(64, eps=1e-5).to(dtype)
     peer.load_state_dict(norm.state_dict())
@@ -235,11 +235,11 @@ LENGTHS = [
     (7, 20, 1, 12),
     (40,),
     (1, 1, 38),
-]  # of the documents of three rows of 40; the first row begins inside of one
+]  # of the documents in three rows of 40 tokens; the first row begins inside a document
 
 
 def packed(seed=1):
-    """Rows of documents. Each begins with a BOS, except the first: the window cut off its beginning."""
+    """Rows of documents. Each document begins with a BOS, except the very first: the window cut off its beginning."""
     tokens = random_tokens(3, 40, vocab_size=BOS, seed=seed)
     for row, lengths in zip(tokens, LENGTHS, strict=True):
         row[list(itertools.accumulate(lengths))[:-1]] = BOS
@@ -270,7 +270,7 @@ def test_packed_documents_have_the_logits_loss_and_gradients_of_each_one_alone(n
         logits = model(tokens, positions=document_positions(tokens, BOS))
         for row, place in documents():
             assert_close(logits[row, place], model(tokens[row, place][None])[0], 1e-5)
-        assert (logits - model(tokens)).abs().max() > 0.1  # without positions they see each other
+        assert (logits - model(tokens)).abs().max() > 0.1  # without positions the documents see each other
     packed_loss = model(tokens, targets, positions=document_positions(tokens, BOS))
     packed_loss.backward()
     gradients = [p.grad for p in model.parameters()]
@@ -286,7 +286,7 @@ def test_packed_documents_have_the_logits_loss_and_gradients_of_each_one_alone(n
 
 
 def test_rotations_begin_anew_with_each_document():
-    """Attention sees only distances, so the logits cannot show this. NaN beyond the longest document shows it."""
+    """Attention sees only distances, so the logits alone cannot show this. NaN beyond the longest document can."""
     model, tokens = random_model(), packed()[:1]
     with torch.no_grad():
         logits = model(tokens, positions=document_positions(tokens, BOS))
@@ -303,7 +303,7 @@ def test_changing_a_document_changes_no_bit_of_the_others():
             last = other[row, place.stop - 1]
             other[row, place] = torch.where(other[row, place] == BOS, BOS, (other[row, place] + 1) % BOS)
             if last == BOS:
-                continue  # a document of nothing else
+                continue  # the document is a BOS alone
             changed = (model(other, positions=document_positions(other, BOS)) != logits).any(-1)
             assert changed[row, place.stop - 1]
             changed[row, place] = False
@@ -396,7 +396,7 @@ def test_cached_loss_equals_uncached():
         assert_close(model(tokens, targets, cache=cache), model(tokens, targets), 1e-5)
 
 
-def test_a_cache_may_be_longer_than_what_it_holds_and_not_longer_than_the_context():
+def test_a_cache_may_have_room_to_spare_but_not_exceed_the_context():
     model = random_model()
     tokens = random_tokens(2, 9)
     cache = KVCache(model.config, 2, 64, torch.device("cpu"), torch.float32)
@@ -431,7 +431,7 @@ def test_rope_tables_equal_hugging_faces_far_beyond_the_first_context(head_dim, 
     assert cos.shape == sin.shape == (20_000, head_dim // 2)
     assert ((cos - angle.cos()).abs() < tolerance).all()
     assert ((sin - angle.sin()).abs() < tolerance).all()
-    if scale > 1:  # and the scaling is no small thing
+    if scale > 1:  # the scaling makes a large difference
         plain, _ = rope_tables(ModelConfig(**{**vars(config), "rope_scale": 1.0}))
         assert (plain - cos).abs().max() > 1
 
@@ -441,7 +441,7 @@ def test_rope_scaling_leaves_short_wavelengths_and_stretches_long_ones(scale):
     config = ModelConfig(dim=256, n_heads=2, rope_scale=scale, max_seq_len=2)
     cos, sin = rope_tables(config)
     plain = 500_000.0 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
-    slower = plain / torch.atan2(sin[1], cos[1]).double()  # position 1 is turned by the frequency itself
+    slower = plain / torch.atan2(sin[1], cos[1]).double()  # the angle at position 1 is the frequency
     wavelength = 2 * math.pi / plain
     short, long = wavelength < 8192 / 4, wavelength > 8192
     assert short.sum() > 10
@@ -544,7 +544,7 @@ def test_parameter_names_and_shapes_are_metas(tied):
     }
 
 
-def test_tied_embeddings_are_one_parameter_that_learns_from_both_ends():
+def test_tied_embeddings_are_one_parameter_that_sums_both_gradients():
     model = random_model(tie_embeddings=True)
     assert model.output.weight is model.tok_embeddings.weight
     assert "output.weight" not in dict(model.named_parameters())
@@ -557,7 +557,7 @@ def test_tied_embeddings_are_one_parameter_that_learns_from_both_ends():
     torch.testing.assert_close(model.output.weight.grad, both, rtol=1e-4, atol=1e-6)
 
 
-# Of Meta's params.json files: dim, layers, heads, key/value heads, multiplier, multiple_of
+# From Meta's params.json files: dim, layers, heads, key/value heads, multiplier, multiple_of
 META = {
     "Llama 3 8B": ((4096, 32, 32, 8, 1.3, 1024), False, 14_336, 8_030_261_248),
     "Llama 3 70B": ((8192, 80, 64, 8, 1.3, 4096), False, 28_672, 70_553_706_496),
@@ -628,7 +628,7 @@ def test_initial_weights_have_the_deviations_of_the_docstring(n_layers):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("vocab_size", [512, 8192])
-def test_initial_loss_is_that_of_a_guess(vocab_size, tied):
+def test_initial_loss_is_that_of_a_uniform_guess(vocab_size, tied):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**{**TINY, "vocab_size": vocab_size, "dim": 64, "tie_embeddings": tied}))
     tokens = random_tokens(8, 64, vocab_size=vocab_size)
@@ -637,7 +637,7 @@ def test_initial_loss_is_that_of_a_guess(vocab_size, tied):
         assert abs(model(tokens, targets) - math.log(vocab_size)) < 0.05
 
 
-def test_same_seed_same_weights():
+def test_the_same_seed_gives_the_same_weights():
     models = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -646,7 +646,7 @@ def test_same_seed_same_weights():
     assert not torch.equal(models[0]["output.weight"], models[2]["output.weight"])
 
 
-# ---------------------------------------------------------------- configurations that cannot be honoured
+# ---------------------------------------------------------------- configurations that are refused
 
 
 @pytest.mark.parametrize(
@@ -663,14 +663,14 @@ def test_same_seed_same_weights():
         ("rope_theta", math.nan),
         ("rope_scale", 0.5),
         ("rope_scale", math.nan),
-        ("dim", 33),  # not a multiple of the heads
-        ("dim", 36),  # heads of 9: no pairs
+        ("dim", 33),  # not a multiple of n_heads
+        ("dim", 36),  # heads of 9, which cannot be split into pairs
         ("n_heads", 3),
         ("n_kv_heads", 3),
         ("n_kv_heads", 8),
     ],
 )
-def test_a_field_that_cannot_be_honoured_is_refused_by_name_and_value(field, value):
+def test_an_invalid_field_is_refused_by_name_and_value(field, value):
     config = ModelConfig(**{**TINY, field: value})
     assert any(f"{field}={value}" in error for error in model_errors(config))
     with pytest.raises(ValueError, match=f"{field}={value}"):
@@ -691,7 +691,7 @@ def test_configurations_that_work_have_no_errors(name):
 
 
 @pytest.mark.parametrize("multiplier", [1e-9, math.inf])
-def test_a_multiplier_that_leaves_no_feed_forward_or_an_endless_one_is_refused(multiplier):
+def test_a_multiplier_that_makes_the_feed_forward_empty_or_endless_is_refused(multiplier):
     config = ModelConfig(**{**TINY, "ffn_dim_multiplier": multiplier})
     assert any(f"ffn_dim_multiplier={multiplier}" in error for error in model_errors(config))
 
@@ -700,13 +700,13 @@ def test_a_multiplier_that_leaves_no_feed_forward_or_an_endless_one_is_refused(m
 
 
 @pytest.mark.slow
-def test_compiled_blocks_see_documents_as_uncompiled_ones_and_are_compiled_once():
+def test_compiled_blocks_treat_documents_as_uncompiled_ones_do_and_compile_once():
     model, twin = random_model(), random_model()
     torch._dynamo.reset()
     compile_blocks(model)
     for seed in range(3):
         tokens, targets = packed(seed), random_tokens(3, 40, seed=seed + 5)
-        tokens[0, 5 * seed + 5] = BOS  # other borders each time
+        tokens[0, 5 * seed + 5] = BOS  # the documents end at other places each time
         stance = "default" if seed == 0 else "fail_on_recompile"
         losses = []
         for each in (model, twin):

@@ -1,4 +1,4 @@
-"""model_utils.py: processes, the wrapped model, records. CPU, no network."""
+"""model_utils.py: processes, the wrapped model, records. The tests need only a CPU and no network."""
 
 import builtins
 import ctypes
@@ -42,7 +42,7 @@ TIED = ModelConfig(**(config_as_dict(TINY) | {"tie_embeddings": True}))
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """One process without Weights & Biases, whatever the shell of the developer has set."""
+    """Unset the variables of Weights & Biases and torchrun, which the developer's shell may hold."""
     for name in ("WANDB_API_KEY", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -83,7 +83,7 @@ def test_only_the_main_process_prints(capsys):
     assert capsys.readouterr().out == "rank 0\n"
 
 
-def test_sum_of_one_process_is_what_it_has():
+def test_sum_over_one_process_is_its_own_values():
     assert sum_over_processes([1.5, 2.0], torch.device("cpu")) == [1.5, 2.0]
 
 
@@ -127,14 +127,15 @@ def test_weights_cast_once_for_all_micro_steps_give_the_gradients_of_autocast(co
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         model.zero_grad()
     for name, p in model.named_parameters():
-        # The output layer's matrix, which may be the embedding's, is cast where its gradient is summed in float32.
+        # The output layer's matrix may also be the embedding's. The loss casts it in each micro-step, because it sums
+        # its gradient in float32.
         expected = 3 if p is model.output.weight else int(p.dim() == 2 and "tok_embeddings" not in name)
         assert casts.counts[p.data_ptr()] == expected, name
     for name, gradient in gradients[0].items():
         assert torch.equal(gradients[1][name], gradient), name
 
 
-def test_gradients_of_weights_cast_beforehand_do_not_wait_for_the_end_of_the_backward_pass():
+def test_gradients_of_cast_weights_do_not_wait_for_the_end_of_the_backward_pass():
     """The gradients of the last block come first, so DDP can send them while the others are computed."""
     model = Transformer(TINY)
     order = []
@@ -158,7 +159,7 @@ def test_float32_needs_no_casts():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_forward_pass_after_an_update_sees_the_update(optimizer):
-    """Fused AdamW does not raise the version counter of a parameter. The casts must be made anew all the same."""
+    """Fused AdamW changes a parameter without raising its version counter. The casts must still be made anew."""
     torch.manual_seed(0)
     model, tokens = Transformer(TINY), torch.randint(512, (2, 16))
     optimizers = build_optimizers(model, replace(ORIGINAL, optimizer=optimizer, max_lr=0.01, muon_lr=0.1))
@@ -174,7 +175,7 @@ def test_the_forward_pass_after_an_update_sees_the_update(optimizer):
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_a_model_that_is_wrapped_trains_the_parameters_of_the_bare_one():
+def test_a_wrapped_model_trains_the_parameters_of_the_bare_one():
     model = Transformer(TINY)
     wrapped = wrap_model(
         model, [], replace(ORIGINAL, dtype="float32", compile=False), Process(0, 1, torch.device("cpu"))
@@ -184,14 +185,11 @@ def test_a_model_that_is_wrapped_trains_the_parameters_of_the_bare_one():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
 # ---------------------------------------------------------------- records
 
 
 class FakeRun:
-    """Stands in for a Weights & Biases run and remembers."""
+    """Stands in for a Weights & Biases run and remembers what it gets."""
 
     def __init__(self):
         self.logged, self.finished = [], 0
@@ -203,12 +201,12 @@ class FakeRun:
         self.finished += 1
 
 
-def test_metrics_are_lines_at_once_and_go_to_weights_and_biases(tmp_path):
+def test_metrics_are_written_at_once_and_sent_to_weights_and_biases(tmp_path):
     run = FakeRun()
     log = MetricsLog(tmp_path, run, True, last_step=0)
     log.write({"step": 1, "train_loss": 2.5})
     log.write({"step": 2, "train_loss": 2.0})
-    # Read before it is closed: a run that is killed has lost nothing.
+    # The file is read before it is closed: a killed run must lose nothing.
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     assert run.logged == [(1, {"train_loss": 2.5}), (2, {"train_loss": 2.0})]
     log.close()
@@ -242,7 +240,7 @@ def wandb_arguments(folder: Path, is_main: bool = True) -> tuple:
 @pytest.mark.parametrize(
     ("key", "is_main"), [(None, True), ("", True), ("0" * 40, False)], ids=["no key", "empty key", "not the main rank"]
 )
-def test_wandb_is_not_even_imported(tmp_path, monkeypatch, key, is_main):
+def test_wandb_is_not_imported_without_a_key_or_off_the_main_rank(tmp_path, monkeypatch, key, is_main):
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
     imported, real = [], builtins.__import__
@@ -272,7 +270,7 @@ class BrokenWandb:
 
 
 @pytest.mark.parametrize("module", [BrokenWandb, None], ids=["init fails", "not installed"])
-def test_wandb_that_fails_is_one_line_and_no_error(tmp_path, monkeypatch, capsys, module):
+def test_wandb_that_fails_at_the_start_prints_one_line_and_raises_no_error(tmp_path, monkeypatch, capsys, module):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setitem(sys.modules, "wandb", module)
     assert isinstance(start_wandb(*wandb_arguments(tmp_path)), NullRun)
@@ -282,7 +280,7 @@ def test_wandb_that_fails_is_one_line_and_no_error(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("method", ["log", "finish"])
-def test_wandb_that_breaks_during_the_run_costs_no_row(tmp_path, method):
+def test_no_row_is_lost_if_wandb_breaks_during_the_run(tmp_path, method):
     def fail(*args, **kwargs):
         raise BrokenPipeError("the service is gone")
 
@@ -317,7 +315,7 @@ print(type(run).__name__)
 
 
 def wandb_subprocess(folder: Path, mode: str) -> subprocess.CompletedProcess:
-    """A process of its own: wandb starts a service and leaves hooks behind."""
+    """Run it in a process of its own, because wandb starts a service and leaves hooks behind."""
     (folder / "script.py").write_text(WANDB_RUN.format(root=str(ROOT), folder=str(folder)))
     env = os.environ | {"WANDB_API_KEY": "0" * 40, "WANDB_MODE": mode, "WANDB_SILENT": "true", "HOME": str(folder)}
     command = [sys.executable, str(folder / "script.py")]
@@ -325,14 +323,14 @@ def wandb_subprocess(folder: Path, mode: str) -> subprocess.CompletedProcess:
 
 
 def wandb_records(path: Path) -> list:
-    """A .wandb file holds protobuf messages in LevelDB's log format: blocks of 32 KiB, and in them pieces with a header
-    of checksum, length and kind (1 whole, 2 first, 3 middle, 4 last)."""
+    """The protobuf messages of a .wandb file, which has LevelDB's log format. Blocks of 32 KiB hold pieces. Each piece
+    has a header of checksum, length and kind (1 whole, 2 first, 3 middle, 4 last)."""
     from wandb.proto import wandb_internal_pb2
 
     contents, records, message = path.read_bytes(), [], b""
     position = 7  # the file's own header
     while position + 7 <= len(contents):
-        if 32768 - position % 32768 < 7:  # too little is left of the block for a header
+        if 32768 - position % 32768 < 7:  # the rest of the block is too short for a header
             position += 32768 - position % 32768
             continue
         _, length, kind = struct.unpack("<IHB", contents[position : position + 7])

@@ -1,4 +1,4 @@
-"""optimizers.py: the schedules by hand, the groups, and Muon against torch's."""
+"""optimizers.py: schedules worked out by hand, the parameter groups, and Muon compared with torch's Muon."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ def factor(step: int, **changes) -> float:
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        (1, 0.1),  # the first step of warm-up learns already
+        (1, 0.1),  # the first step of warm-up already learns
         (9, 0.9),
         (10, 1.0),
         (35, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2),  # a quarter of the way: cos 45 degrees
@@ -29,19 +29,19 @@ def factor(step: int, **changes) -> float:
         (110, 0.1),
     ],
 )
-def test_cosine_schedule_by_hand(step, expected):
+def test_cosine_schedule_equals_the_one_worked_out_by_hand(step, expected):
     assert factor(step) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     ("step", "expected"), [(1, 0.1), (10, 1.0), (50, 1.0), (80, 1.0), (90, 0.55), (99, 0.145), (100, 0.1)]
 )
-def test_wsd_schedule_by_hand(step, expected):
+def test_wsd_schedule_equals_the_one_worked_out_by_hand(step, expected):
     assert factor(step, schedule="wsd", max_steps=100) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_schedule_without_warm_up_and_of_a_single_step(schedule):
+def test_schedule_works_without_warm_up_and_for_a_single_step(schedule):
     assert factor(1, schedule=schedule, warmup_steps=0, max_steps=1000) == pytest.approx(1, abs=1e-4)
     assert 0 < factor(1, schedule=schedule, warmup_steps=0, max_steps=1) <= 1
     assert factor(5, schedule=schedule, warmup_steps=10, max_steps=5) == 0.5  # a smoke run that ends in its warm-up
@@ -74,7 +74,7 @@ def test_every_parameter_is_in_exactly_one_group(config, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_weight_decay_acts_on_matrices_alone(optimizer):
+def test_weight_decay_acts_only_on_matrices(optimizer):
     model = Transformer(TINY)
     decayed = set()
     for _, names, group in groups_by_name(model, optimizer=optimizer):
@@ -102,7 +102,7 @@ def test_each_group_knows_the_peak_of_its_own_learning_rate():
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8), (1, 16, 16)])
-def test_orthogonalised_matrices_keep_their_singular_vectors_and_lose_their_sizes(shape):
+def test_orthogonalise_keeps_singular_vectors_and_makes_singular_values_near_1(shape):
     torch.manual_seed(0)
     matrices = torch.randn(shape) * torch.tensor([1e-3, 1.0, 1e3])[: shape[0], None, None]
     result = orthogonalise(matrices)
@@ -115,7 +115,7 @@ def test_orthogonalised_matrices_keep_their_singular_vectors_and_lose_their_size
 
 
 @pytest.mark.parametrize("largest_batch", [Muon.LARGEST_BATCH, 900, 1])
-def test_muon_takes_the_steps_of_torchs(monkeypatch, largest_batch):
+def test_muon_takes_the_same_steps_as_torchs_muon(monkeypatch, largest_batch):
     """torch's Muon rounds to bfloat16 on the way, so the results agree to three digits."""
     monkeypatch.setattr(Muon, "LARGEST_BATCH", largest_batch)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""profiling.py: what --profile leaves and prints. CPU, no network."""
+"""profiling.py: what --profile writes and prints. The tests need only a CPU and no network."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def work() -> None:
 
 
 def counts(folder) -> dict[str, int]:
-    """How often each operation stands in the trace."""
+    """How often each operation appears in the trace."""
     names = [event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]]
     return {name: names.count(name) for name in set(names)}
 
@@ -40,7 +40,7 @@ def test_steps_after_the_first_two_are_recorded(tmp_path, capsys, steps, run, re
 
 
 @pytest.mark.parametrize("run", [2, 3])
-def test_a_run_that_fails_ends_as_it_would_without(tmp_path, run):
+def test_a_run_that_fails_ends_as_it_would_without_the_profiler(tmp_path, run):
     lines = f"""
 import sys, torch
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_a_run_too_short_to_profile_says_so(tmp_path, capsys, run):
 
 
 @pytest.mark.parametrize(("steps", "rank"), [(0, 0), (3, 1)])
-def test_nothing_is_recorded_unless_asked_for_and_in_one_process_alone(tmp_path, capsys, steps, rank):
+def test_nothing_is_recorded_without_the_flag_or_off_the_main_process(tmp_path, capsys, steps, rank):
     profiler = start_profiler(steps, tmp_path / "profile", Process(rank, 2, CPU))
     for _ in range(6):
         work()

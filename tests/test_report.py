@@ -49,7 +49,7 @@ def write_run(folder, rows=(), *, config=CONFIG, samples="", tail=""):
 
 
 def page_of(*folders):
-    """The page, parsed as XML: a stray < or & of a file would not pass."""
+    """The page, parsed as XML. A stray < or & from a file would not parse."""
     out = folders[0].parent / "page.html"
     write_report(folders, out)
     return ET.fromstring(out.read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def table_of(page, index=0):
 
 
 def axis(plot, x_or_y):
-    """A function from a position in percent to the value there, according to the labels of the axis."""
+    """A function that turns a position in percent into a value, by the labels of the axis."""
     sizes = {"K": 1e3, "M": 1e6, "%": 0.01}
     labels = []
     for text in plot.findall("./text[@dy='18']" if x_or_y == "x" else "./text[@dy='4']"):
@@ -83,7 +83,7 @@ def axis(plot, x_or_y):
 
 
 def marks(plot):
-    """(tokens, value) of the marked points, read from where they stand."""
+    """(tokens, value) of the marked points, computed from their positions."""
     x, y = axis(plot, "x"), axis(plot, "y")
     circles = plot.findall("./circle")
     return [(x(float(c.get("cx").rstrip("%"))), y(float(c.get("cy").rstrip("%")))) for c in circles]
@@ -117,7 +117,7 @@ def test_the_summary_is_computed_from_the_rows(run):
     }
 
 
-def test_the_best_is_not_the_last(tmp_path):
+def test_the_best_need_not_be_the_last(tmp_path):
     rows = [{"step": s, "tokens": s, "val_loss": v, "val_bpb": v} for s, v in ((1, 5.0), (2, 4.0), (3, 6.0))]
     rows += [{"step": s, "tokens": s, "hellaswag_acc": a, "hellaswag_acc_norm": a} for s, a in ((2, 0.5), (3, 0.4))]
     facts = facts_of(page_of(write_run(tmp_path / "run", rows)))
@@ -130,7 +130,7 @@ def test_each_plot_has_each_run_in_its_own_colour(tmp_path, count):
     page = page_of(*(write_run(tmp_path / f"run{i}", rows_of(60, seed=i)) for i in range(count)))
     plots = plots_of(page)
     assert list(plots) == PLOTS
-    per_run = {"Validation": 1, "Learning rate": 1}  # the rest has faint and smoothed, or acc and acc_norm
+    per_run = {"Validation": 1, "Learning rate": 1}  # the others have two: faint and smoothed, or acc and acc_norm
     for name, plot in plots.items():
         chance = name == "sample continuations"
         colours = [line.get("stroke") for line in plot.findall("./svg/polyline")][chance:]
@@ -152,7 +152,7 @@ def test_marks_stand_where_the_rows_say(tmp_path, steps):
     for name, field in (("Loss", "val_loss"), ("Validation", "val_bpb")):
         points = [(row["tokens"], row[field]) for row in rows if field in row]
         found = marks(plots[name])
-        assert len(found) >= 9  # those of the first steps may lie above the frame
+        assert len(found) >= 9  # marks of the first steps may lie above the frame
         for (x, y), (tokens, value) in zip(found, points[-len(found) :], strict=True):
             assert x == pytest.approx(tokens, abs=steps * BATCH / 1000)
             assert y == pytest.approx(value, abs=0.005)
@@ -180,18 +180,18 @@ def test_chance_is_a_line_at_a_quarter(run):
     assert [x for x, _ in chance] == [0, 100]
 
 
-def test_neither_first_steps_nor_a_spike_flatten_the_rest(tmp_path):
+def test_first_steps_and_a_spike_do_not_flatten_the_rest(tmp_path):
     rows = rows_of(5000, val_every=100)
     next(row for row in rows if row["step"] == 3000 and "train_loss" in row)["train_loss"] = 80.0
     plot = plots_of(page_of(write_run(tmp_path / "run", rows)))["Loss"]
     low, high = axis(plot, "y")(100), axis(plot, "y")(0)
     assert 2 <= low < 3
-    assert 5 < high <= 8  # a twentieth of the way it is 3 + 6 exp(-0.6) = 6.3
+    assert 5 < high <= 8  # after a twentieth of the steps the loss is 3 + 6 exp(-0.6) = 6.3
     assert "up to 80" in text_of(plot)
     assert min(float(circle.get("cy").rstrip("%")) for circle in plot.findall("./circle")) >= 0
 
 
-def test_of_a_handful_of_values_all_are_shown(tmp_path):
+def test_all_of_a_few_values_are_shown(tmp_path):
     plots = plots_of(page_of(write_run(tmp_path / "run", rows_of(30))))
     assert [x for x, _ in marks(plots["Validation"])] == pytest.approx([0, 10_000, 20_000, 30_000], abs=10)
 
@@ -203,7 +203,7 @@ def test_a_validation_loss_far_above_the_training_loss_is_seen(tmp_path):
     assert marks(plot)[-1] == pytest.approx((1_000_000, 9.5), rel=0.01)
 
 
-def test_the_curve_alone_is_the_plot_of_the_page(run, tmp_path):
+def test_the_separate_curve_is_the_plot_of_the_page(run, tmp_path):
     other = write_run(tmp_path / "o<t>her", rows_of(30))
     svg = "{http://www.w3.org/2000/svg}"
     for folders in ([run], [run, other]):
@@ -402,7 +402,7 @@ def test_ticks_are_round_and_span_the_values(low, high):
     assert all(tick / step == pytest.approx(round(tick / step)) for tick in found)
 
 
-def test_the_strips_tell_the_values_under_the_pointer(run):
+def test_the_strips_show_the_values_under_the_pointer(run):
     plot = plots_of(page_of(run))["Loss"]
     titles = [title.text.split("\n") for title in plot.findall("./rect/title")]
     assert len(titles) == 50
@@ -413,13 +413,13 @@ def test_the_strips_tell_the_values_under_the_pointer(run):
             assert float(text.split()[0]) == pytest.approx(expected + above, abs=0.08)
 
 
-def test_no_values_are_told_after_the_end_of_a_run(run, tmp_path):
+def test_no_values_are_shown_after_the_end_of_a_run(run, tmp_path):
     plot = plots_of(page_of(run, write_run(tmp_path / "half", rows_of(250))))["Throughput"]
     told = ["half" in title.text for title in plot.findall("./rect/title")]
     assert told == [True] * 26 + [False] * 24
 
 
-def test_a_page_of_eight_long_runs_stays_small_and_needs_nothing_else(tmp_path):
+def test_a_page_of_eight_long_runs_stays_small_and_needs_no_other_file(tmp_path):
     folders = [
         write_run(tmp_path / f"run-{i}", rows_of(1500, val_every=5, seed=i), samples="===== step 1\n" + "<x>" * 10**5)
         for i in range(8)
@@ -431,7 +431,7 @@ def test_a_page_of_eight_long_runs_stays_small_and_needs_nothing_else(tmp_path):
     assert loss_curve_svg(folders).replace('xmlns="http://www.w3.org/2000/svg"', "").count("http") == 0
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_with_the_same_name_are_shown_with_their_paths(tmp_path):
     folders = [write_run(tmp_path / sub / "llama3", rows_of(9)) for sub in ("a", "b")]
     assert table_of(page_of(*folders))[0][1:] == [str(folder) for folder in folders]
 
@@ -441,7 +441,7 @@ def call(monkeypatch, *args):
     return report.main()
 
 
-def test_command_line(run, tmp_path, monkeypatch):
+def test_the_command_line_writes_the_page_and_the_curve(run, tmp_path, monkeypatch):
     before = set(run.iterdir())
     assert call(monkeypatch, run, "--svg", tmp_path / "loss.svg") == 0
     assert (tmp_path / "loss.svg").read_text(encoding="utf-8") == loss_curve_svg([run])
@@ -456,7 +456,7 @@ def test_command_line(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [[], ["--svg", "loss.svg"], ["--svg", "loss.svg", "--out", "page.html"]])
 @pytest.mark.parametrize("what", ["no such run directory", "holds no metrics.jsonl"])
-def test_what_is_no_run_is_refused(run, tmp_path, monkeypatch, capsys, what, flags):
+def test_a_folder_that_is_no_run_is_refused(run, tmp_path, monkeypatch, capsys, what, flags):
     monkeypatch.chdir(tmp_path)
     bad = tmp_path / "bad"
     if what == "holds no metrics.jsonl":
@@ -469,7 +469,7 @@ def test_what_is_no_run_is_refused(run, tmp_path, monkeypatch, capsys, what, fla
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_it_starts_without_torch(run):
+def test_report_starts_without_torch(run):
     script = "import sys, report; sys.argv[0] = 'report.py'; report.main(); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script, run], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

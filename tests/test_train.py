@@ -1,7 +1,8 @@
-"""train.py from its command line to its files: one process and two, stopped and resumed, refused and broken.
+"""train.py, from its command line to its files.
 
-Most runs go through `train.main()` in this process and take about a second; those that need a signal, a second rank
-or an empty working directory are subprocesses. They are shared between tests through module-scoped fixtures.
+Runs have one process or two. They are stopped and resumed, refused for bad flags, or broken on purpose. Most runs call
+`train.main()` in this process and take about a second. Runs that need a signal, a second rank or an empty working
+directory are subprocesses. Module-scoped fixtures share runs between tests.
 """
 
 import io
@@ -41,7 +42,7 @@ from tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "train.py"
 STEPS, VOCAB, TOKENS_PER_STEP = 40, 512, 256
-FLOPS_PER_TOKEN = 270_336  # of the model of `flags_for`; test_model_utils.py counts it by hand
+FLOPS_PER_TOKEN = 270_336  # for the model of `flags_for`; test_model_utils.py counts it by hand
 
 # ---------------------------------------------------------------- helpers
 
@@ -54,7 +55,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """One thread is fastest at this size. For equal bits the subprocesses must have the same number of threads."""
+    """One thread is fastest at this size. The subprocesses must have as many threads, or their bits would differ."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +64,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="module")
 def plain_environment():
-    """No Weights & Biases, no torchrun around us, whatever the shell of the developer has set."""
+    """Unset the variables of Weights & Biases and torchrun, which the developer's shell may hold."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_API_KEY", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             patch.delenv(name, raising=False)
@@ -88,7 +89,7 @@ def tiny_corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def flags_for(tiny_corpus, tmp_path_factory):
-    """A function that returns the flags of a run of a second into `out_dir`, with the given changes."""
+    """A function that returns flags, with the given changes, for a run into `out_dir` that takes a second."""
     questions = tmp_path_factory.mktemp("questions") / "hellaswag_val.jsonl"
     with open(questions, "w") as file:
         for label in range(4):
@@ -133,14 +134,14 @@ def flags_for(tiny_corpus, tmp_path_factory):
 
 
 def train_here(flags: list[str]) -> Result:
-    """Run train.main() in this process. It reads sys.argv and handles two signals; restore both afterwards."""
+    """Run train.main() in this process. It reads sys.argv and handles two signals. Restore both afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     argv, sys.argv = sys.argv, [str(TRAIN), *flags]
     out, err = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(out), redirect_stderr(err):
             status = train.main()
-    except SystemExit as end:  # the parser of the command line ends in this way
+    except SystemExit as end:  # the parser of the command line raises it
         status = end.code
     finally:
         sys.argv = argv
@@ -188,14 +189,14 @@ class Recording(torch.nn.parallel.DistributedDataParallel):
 torch.nn.parallel.DistributedDataParallel = Recording
 """
 
-# The clock goes on a millisecond at each look, so that the peak that train.py measures is always the same.
+# Each reading moves the clock on by a millisecond, so train.py always measures the same peak speed.
 TICKING_CLOCK = """
 import itertools, time
 ticks = itertools.count()
 time.perf_counter = lambda: next(ticks) / 1000
 """
 
-# The defect of the original: the flag takes effect one forward pass late, as if it were set after the pass.
+# The defect of the original code: the flag takes effect one forward pass late, as if it were set after the pass.
 LATE_SYNC = """
 class Late(Recording):
     flag_before = True
@@ -224,7 +225,7 @@ def terminate(optimizer, args, kwargs):
 register_optimizer_step_post_hook(terminate)
 """
 
-# Only rank 1 gets the signal. It comes while step 10 is validated, after the ranks have agreed on that step.
+# Only rank 1 gets the signal. It comes during the validation at step 10, after the ranks have agreed on that step.
 SIGTERM_IN_VALIDATION = """
 import dataloaders, signal
 validation_batches, calls = dataloaders.validation_batches, 0
@@ -239,7 +240,7 @@ def interrupted(*args, **kwargs):
 dataloaders.validation_batches = interrupted
 """
 
-# From the 7th forward pass, the first of step 4 with two micro-steps a step, rank 1's loss is not a number.
+# Rank 1's loss is not a number from its 7th forward pass. A step has two micro-steps, so that pass begins step 4.
 POISON_RANK_1 = """
 import torch
 
@@ -275,7 +276,7 @@ def start_rank(script: Path, flags: list[str], port: int, rank: int, ranks: int,
 
 
 def launch(script: Path, flags: list[str], ranks: int) -> list[Result]:
-    """Start ranks with torchrun's environment, but without torchrun. That is seconds faster, and shows each status."""
+    """Start ranks with torchrun's environment, but without torchrun. This is seconds faster and shows each status."""
     port = free_port()
     processes = [start_rank(script, flags, port, rank, ranks, ranks_a_node=ranks) for rank in range(ranks)]
     try:
@@ -309,7 +310,7 @@ def copy_checkpoint(source: Path, step: int, out_dir: Path) -> Path:
 
 
 def assert_same_bits(run: Path, other: Path, first_step: int, last_step: int = STEPS) -> None:
-    """Equal losses from first_step on; equal parameters and optimizer state at the end."""
+    """The losses must be equal from first_step on, and the parameters and optimizer states at the end."""
     for field, start in (("train_loss", first_step), ("grad_norm", first_step), ("val_loss", first_step)):
         figures, others = (
             {row["step"]: row[field] for row in rows_of(out_dir, field) if row["step"] >= start}
@@ -334,7 +335,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---------------------------------------------------------------- runs that several tests look at
+# ---------------------------------------------------------------- runs that several tests share
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +358,7 @@ def whole(whole_flags, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_of_two(whole_flags, tmp_path_factory) -> Path:
-    """40 steps under torchrun on two processes, uninterrupted; the folder also holds what the ranks noted."""
+    """40 steps under torchrun on two processes, uninterrupted. The folder also holds the notes of the ranks."""
     folder = tmp_path_factory.mktemp("two") / "drivers"
     script = driver(folder, RECORD + TICKING_CLOCK)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
@@ -368,7 +369,7 @@ def whole_of_two(whole_flags, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(flags_for, tmp_path_factory) -> Path:
-    """4 steps with Muon, and with flags that differ from their defaults; 5 windows are validated, 2 at a time."""
+    """4 steps with Muon, and with flags that differ from their defaults. Validation reads 5 windows, 2 at a time."""
     out_dir = tmp_path_factory.mktemp("tuned") / "run"
     changes = {"optimizer": "muon", "muon_lr": 0.03, "max_lr": 0.02, "betas": ["0.7", "0.8"], "weight_decay": 0.3}
     changes |= {"schedule": "wsd", "decay_fraction": 0.75, "min_lr_fraction": 0.1, "warmup_steps": 0, "max_steps": 4}
@@ -380,7 +381,7 @@ def tuned(flags_for, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clocked(flags_for, tmp_path_factory) -> Path:
-    """3 steps on one process. Its clock goes on a millisecond at each look, and 2 seconds more in each update."""
+    """3 steps on one process. Each reading moves its clock on by a millisecond, and each update by 2 seconds."""
     out_dir = tmp_path_factory.mktemp("clocked") / "run"
     ticks, updates = itertools.count(), []
     hook = register_optimizer_step_post_hook(lambda *args: updates.append(1))
@@ -403,7 +404,7 @@ def test_two_processes_train_what_one_trains(whole, whole_of_two):
         assert_close(checkpoint_of(whole_of_two, step), checkpoint_of(whole, step))
     for row, other in zip(rows_of(whole_of_two), rows_of(whole), strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
-        # AdamW hardly notices a gradient that is a sum where it should be a mean; its norm does.
+        # If a gradient is a sum instead of a mean, AdamW hardly changes. The norm shows the difference.
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     for field in ("val_loss", "val_bpb", "hellaswag_acc", "hellaswag_acc_norm", "hellaswag_examples"):
         figures, others = ({r["step"]: r[field] for r in rows_of(run, field)} for run in (whole_of_two, whole))
@@ -433,14 +434,14 @@ def test_two_processes_train_what_one_trains_in_bf16_too(flags_for, tmp_path):
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.05)
 
 
-def test_gradients_are_sent_in_the_last_micro_step_of_each_update_alone(whole_of_two):
+def test_gradients_are_sent_only_in_the_last_micro_step_of_each_update(whole_of_two):
     script = whole_of_two.with_name("driver.py")
     for rank in (0, 1):
         assert noted(script, "sync", rank) == ["False", "True"] * STEPS
 
 
-def test_a_sync_flag_set_after_the_forward_pass_would_be_seen(flags_for, tmp_path):
-    """The check of the hashes can fail: with the original's defect the ranks drift apart."""
+def test_ranks_drift_apart_if_the_sync_flag_is_set_after_the_forward_pass(flags_for, tmp_path):
+    """This shows that the check of the hashes can fail. The patch puts the original code's defect back."""
     script = driver(tmp_path / "late", RECORD + LATE_SYNC)
     results = launch(script, flags_for(tmp_path / "run", max_steps=3, val_every=0), ranks=2)
     assert [result.status for result in results] == [0, 0], results
@@ -454,7 +455,7 @@ def test_a_sync_flag_set_after_the_forward_pass_would_be_seen(flags_for, tmp_pat
 
 @pytest.fixture(scope="module")
 def resumed(whole, whole_flags, tmp_path_factory) -> Path:
-    """Steps 21 to 40, resumed from step 20. metrics.jsonl holds rows beyond step 20, and a kill cut the last one."""
+    """Steps 21 to 40, resumed from step 20. At first metrics.jsonl has rows beyond step 20. A kill cut the last."""
     out_dir = copy_checkpoint(whole, 20, tmp_path_factory.mktemp("resumed") / "run")
     rows = (whole / "metrics.jsonl").read_text()
     (out_dir / "metrics.jsonl").write_text(rows[: rows.index('{"step": 33') + 25])
@@ -476,7 +477,7 @@ def test_metrics_of_a_resumed_run_have_each_step_once(whole, resumed):
 
 
 def test_resumed_run_goes_on_with_the_saved_random_state(whole, whole_flags, tmp_path):
-    """The test writes another random state into a checkpoint. The next checkpoint shows that the run took it up."""
+    """The test writes another random state into a checkpoint. The next checkpoint shows that the run restored it."""
     path = copy_checkpoint(whole, 35, tmp_path / "run") / "checkpoints/step_00000035.pt"
     python, torchs = random.Random(7).getstate(), torch.Generator().manual_seed(7).get_state()
     torch.save(checkpoint_of(whole, 35) | {"random_state": {"python": python, "torch": torchs}}, path)
@@ -489,7 +490,7 @@ def test_resumed_run_goes_on_with_the_saved_random_state(whole, whole_flags, tmp
     assert generator.initial_seed() == 7
 
 
-def test_resuming_two_processes_gives_the_bits_of_the_uninterrupted_two(whole_of_two, whole_flags, tmp_path):
+def test_two_resumed_processes_have_the_bits_of_two_uninterrupted_ones(whole_of_two, whole_flags, tmp_path):
     out_dir = copy_checkpoint(whole_of_two, 20, tmp_path / "run")
     script = driver(tmp_path / "driver", RECORD)
     results = launch(script, whole_flags(out_dir, resume=True), ranks=2)
@@ -520,7 +521,7 @@ def test_muon_resumes_with_the_bits_of_the_uninterrupted_run(flags_for, tmp_path
 
 
 def write_corpus(folder: Path, seed: int) -> Path:
-    """A prepared folder of 300 documents of about 30 tokens, several to a window."""
+    """A prepared folder of 300 documents of about 30 tokens. A window holds several of them."""
     folder.mkdir()
     draw = random.Random(seed)
     with open(folder / "texts.jsonl", "w") as file:
@@ -530,7 +531,7 @@ def write_corpus(folder: Path, seed: int) -> Path:
     return folder / "prepared"
 
 
-def test_run_with_masked_documents_differs_and_resumes_with_the_bits_of_the_uninterrupted(flags_for, tmp_path):
+def test_masking_documents_changes_the_losses_and_a_resumed_run_has_the_same_bits(flags_for, tmp_path):
     root = write_corpus(tmp_path / "corpus", seed=0)
     fields = {"data_root": root, "max_steps": 6, "save_every": 3}
     for masked in (True, False):
@@ -547,7 +548,7 @@ def test_run_with_masked_documents_differs_and_resumes_with_the_bits_of_the_unin
     assert_same_bits(out_dir, tmp_path / "True", first_step=4, last_step=6)
 
 
-def test_two_folders_are_mixed_resumed_and_their_shares_recorded(flags_for, tmp_path):
+def test_mix_of_two_folders_resumes_and_records_its_shares(flags_for, tmp_path):
     roots = [write_corpus(tmp_path / name, seed) for seed, name in enumerate("ab")]
     mixed = {"data_root": [f"{roots[0]}:0.75", f"{roots[1]}:0.25"], "max_steps": 6, "val_every": 3, "save_every": 3}
     result = train_here(flags_for(tmp_path / "whole", **mixed))
@@ -601,7 +602,7 @@ def test_sigterm_at_one_rank_stops_both_after_the_same_step(whole, whole_flags, 
 
 
 def test_ctrl_c_under_torchrun_saves_and_stops(flags_for, tmp_path):
-    """torchrun sends the signal on to its processes, once."""
+    """torchrun passes the signal on to its processes once."""
     out_dir = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TRAIN)]
     flags = flags_for(out_dir, max_steps=100_000, val_every=0, save_every=0)
@@ -612,10 +613,10 @@ def test_ctrl_c_under_torchrun_saves_and_stops(flags_for, tmp_path):
             while not (out_dir / "metrics.jsonl").is_file() or len(rows_of(out_dir)) < 3:
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
                 time.sleep(0.2)
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does; torchrun's processes are groups of their own
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does; each process of torchrun has its own group
             assert process.wait(timeout=60) != 0
         finally:
-            process.terminate()  # torchrun ends its processes, too
+            process.terminate()  # torchrun ends its processes too
             process.wait(timeout=60)
     [newest] = (out_dir / "checkpoints").glob("step_*.pt")
     assert load_checkpoint(newest, "cpu")["step"] == rows_of(out_dir)[-1]["step"]
@@ -634,12 +635,12 @@ def test_a_step_is_saved_before_it_is_scored(flags_for, tmp_path, monkeypatch):
 
 
 def test_sigterm_during_an_evaluation_loses_no_step(flags_for, tmp_path, monkeypatch):
-    """Evaluations take minutes in a real run: a signal is likely to come there."""
+    """In a real run evaluations take minutes, so a signal is likely to come during one."""
     validate, calls = train.validate, []
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 2:  # the first is at step 0
+        if len(calls) == 2:  # the first call is at step 0
             os.kill(os.getpid(), signal.SIGTERM)
         return validate(*args)
 
@@ -660,7 +661,7 @@ def test_resume_without_a_checkpoint_begins_anew_and_has_each_row_once(flags_for
     assert [row["step"] for row in rows_of(tmp_path, "val_loss")] == [0, 2]
 
 
-def test_learning_rate_flag_of_a_resumed_run_is_honoured(whole, whole_flags, tmp_path):
+def test_learning_rate_flag_takes_effect_in_a_resumed_run(whole, whole_flags, tmp_path):
     out_dir = copy_checkpoint(whole, 35, tmp_path / "run")
     assert train_here(whole_flags(out_dir, resume=True, max_lr=1e-4)).status == 0
     last = rows_of(out_dir)[-1]
@@ -669,8 +670,8 @@ def test_learning_rate_flag_of_a_resumed_run_is_honoured(whole, whole_flags, tmp
     assert optimizer["param_groups"][0]["lr"] == pytest.approx(last["lr"])
 
 
-def test_best_is_the_lowest_validation_loss_also_over_a_resume(flags_for, tmp_path, monkeypatch):
-    losses = iter([9.0, 3.0, 2.0, 2.5, 2.2, 2.1, 1.9])  # of steps 0 to 4, then of 5 and 6
+def test_best_checkpoint_has_the_lowest_validation_loss_even_after_a_resume(flags_for, tmp_path, monkeypatch):
+    losses = iter([9.0, 3.0, 2.0, 2.5, 2.2, 2.1, 1.9])  # at steps 0 to 4, then at 5 and 6
     monkeypatch.setattr(train, "validate", lambda *args: {"val_loss": next(losses), "val_bpb": 1.0})
     every_step = {"val_every": 1, "save_every": 1, "keep_checkpoints": 1}
 
@@ -689,7 +690,7 @@ def test_best_is_the_lowest_validation_loss_also_over_a_resume(flags_for, tmp_pa
 # ---------------------------------------------------------------- what a run leaves behind
 
 
-def test_run_directory_holds_the_files_of_the_contract(whole):
+def test_run_directory_holds_the_promised_files(whole):
     names = {path.name for path in whole.iterdir()}
     assert names >= {"config.json", "metrics.jsonl", "samples.txt", "checkpoints", "report.html"}
     saved = {f"step_{step:08d}.pt" for step in range(5, STEPS + 1, 5)}
@@ -723,7 +724,7 @@ def test_optimizer_steps_with_the_learning_rate_of_the_row(whole):
         assert {group["lr"] for group in optimizer["param_groups"]} == {row["lr"]}
 
 
-def test_schedule_and_share_of_decay_are_those_of_the_flags(tuned):
+def test_flags_set_the_schedule_and_its_decay_fraction(tuned):
     """The rate falls in a straight line over 3 of the 4 steps, to a tenth of the peak."""
     assert [row["lr"] for row in rows_of(tuned)] == pytest.approx([0.02, 0.7 * 0.02, 0.4 * 0.02, 0.1 * 0.02])
 
@@ -735,7 +736,7 @@ def test_muon_has_its_own_learning_rate_on_the_same_schedule(tuned):
         assert [group["lr"] for group in muon["param_groups"]] == pytest.approx([factor * 0.03])
 
 
-def test_betas_and_weight_decay_are_those_of_the_flags(tuned):
+def test_flags_set_the_betas_and_the_weight_decay(tuned):
     adamw, muon = checkpoint_of(tuned, 4)["optimizers"]
     assert [list(group["betas"]) for group in adamw["param_groups"]] == [[0.7, 0.8]] * 2
     assert [group["weight_decay"] for group in adamw["param_groups"]] == [0.3, 0]  # matrices, the rest
@@ -743,7 +744,7 @@ def test_betas_and_weight_decay_are_those_of_the_flags(tuned):
 
 
 @pytest.mark.parametrize("grad_clip", [0, 0.25])
-def test_gradient_is_clipped_to_its_largest_norm_and_0_does_not_clip(flags_for, tmp_path, grad_clip):
+def test_gradient_is_clipped_to_the_norm_of_the_flag_and_0_turns_clipping_off(flags_for, tmp_path, grad_clip):
     seen = []
 
     def before_update(optimizer, args, kwargs):
@@ -756,25 +757,25 @@ def test_gradient_is_clipped_to_its_largest_norm_and_0_does_not_clip(flags_for, 
     finally:
         hook.remove()
     recorded = [row["grad_norm"] for row in rows_of(tmp_path)]
-    assert min(recorded) > 0.5  # metrics.jsonl tells the norm before clipping
+    assert min(recorded) > 0.5  # metrics.jsonl holds the norm before clipping
     assert seen == pytest.approx([grad_clip, grad_clip] if grad_clip else recorded, rel=1e-4)
 
 
 def test_evaluation_rows_are_at_their_intervals(whole):
     evaluations = rows_of(whole, "val_loss")
     assert [row["step"] for row in evaluations] == [0, 10, 20, 30, STEPS]
-    assert evaluations[0]["val_loss"] == pytest.approx(math.log(VOCAB), abs=0.1)  # knows nothing yet
+    assert evaluations[0]["val_loss"] == pytest.approx(math.log(VOCAB), abs=0.1)  # the model knows nothing yet
     hellaswag = rows_of(whole, "hellaswag_acc")
     assert [row["step"] for row in hellaswag] == [20, STEPS]
     for row in evaluations:
         assert row.keys() >= {"step", "tokens", "val_loss", "val_bpb"} and row["tokens"] == row["step"] * 256
     for row in hellaswag:
         assert row.keys() >= {"step", "tokens", "hellaswag_acc_norm"} and row["hellaswag_examples"] == 4
-        assert row["hellaswag_acc"] == 0.25  # the four rows differ in the label alone
+        assert row["hellaswag_acc"] == 0.25  # the four rows differ only in the label
 
 
-def test_checkpoint_of_a_step_is_the_model_that_was_validated_after_it(whole, tiny_corpus):
-    """The original saved before the update. Then the checkpoint would have the loss of step 9."""
+def test_checkpoint_of_a_step_is_the_model_that_was_validated_at_that_step(whole, tiny_corpus):
+    """The original code saved before the update. Its checkpoint of step 10 would have the loss of step 9."""
     model, checkpoint = load_model(whole / "checkpoints/step_00000010.pt", "cpu")
     assert checkpoint["step"] == 10
     stream = TokenStream(tiny_corpus, "val", vocab_size=VOCAB)
@@ -805,7 +806,7 @@ def test_last_validation_batch_counts_by_its_windows(tuned, tiny_corpus):
     assert len(losses) == 5
     assert row["val_loss"] == pytest.approx(sum(losses) / 5, abs=1e-5)
     as_if_full = (2 * sum(losses[:4]) + 4 * losses[4]) / 12
-    assert abs(row["val_loss"] - as_if_full) > 1e-3  # the last window's loss is so different that its weight shows
+    assert abs(row["val_loss"] - as_if_full) > 1e-3  # the last loss differs so much that its weight shows
 
 
 def test_evaluations_multiply_in_bf16_where_training_does(flags_for, tmp_path):
@@ -834,7 +835,7 @@ def test_samples_continue_the_prompts_at_their_interval_and_at_the_end(whole):
 
 
 def sample_at(out_dir: Path, step: int) -> str:
-    """What samples.txt holds of a step."""
+    """The samples of a step in samples.txt."""
     text = (out_dir / "samples.txt").read_text()
     return text.split(f"===== step {step}\n")[1].partition("\n\n=====")[0].strip()
 
@@ -847,19 +848,19 @@ def likeliest_sample(out_dir: Path, step: int) -> str:
 
 
 def test_samples_are_drawn_at_the_temperature_of_the_flag(tuned, whole):
-    """`tuned` has a temperature of 0, which takes the likeliest token; `whole` has 0.8."""
+    """`tuned` has a temperature of 0, which takes the likeliest token. `whole` has 0.8."""
     assert sample_at(tuned, 4) == likeliest_sample(tuned, 4)
     assert sample_at(whole, STEPS) != likeliest_sample(whole, STEPS)
 
 
-def test_printed_epochs_are_the_tokens_of_the_run_over_those_of_the_corpus(whole, tiny_corpus):
+def test_printed_epochs_are_the_tokens_of_the_run_divided_by_those_of_the_corpus(whole, tiny_corpus):
     training_tokens = json.loads((tiny_corpus / "manifest.json").read_text())["shards"][1]["tokens"]
     [(epochs, tokens)] = re.findall(r"([\d.]+) epochs of ([\d,]+) tokens", (whole.parent / "stdout").read_text())
     assert tokens == f"{training_tokens:,}"
     assert float(epochs) == pytest.approx(STEPS * TOKENS_PER_STEP / training_tokens, abs=0.005)
 
 
-def test_intervals_of_0_switch_off_and_the_end_is_validated_and_saved(flags_for, tmp_path):
+def test_with_intervals_of_0_only_the_end_is_validated_and_saved(flags_for, tmp_path):
     off = {"val_every": 0, "save_every": 0, "hellaswag_every": 0, "generate_every": 0}
     result = train_here(flags_for(tmp_path / "run", max_steps=3, **off))
     assert result.status == 0, result.err
@@ -869,7 +870,7 @@ def test_intervals_of_0_switch_off_and_the_end_is_validated_and_saved(flags_for,
     assert not (tmp_path / "run/samples.txt").exists()
 
 
-def test_end_is_evaluated_and_saved_off_the_intervals_too(flags_for, tmp_path):
+def test_end_is_evaluated_and_saved_even_between_intervals(flags_for, tmp_path):
     every_2 = {"val_every": 2, "save_every": 2, "hellaswag_every": 2, "generate_every": 2}
     result = train_here(flags_for(tmp_path / "run", max_steps=3, **every_2))
     assert result.status == 0, result.err
@@ -879,14 +880,14 @@ def test_end_is_evaluated_and_saved_off_the_intervals_too(flags_for, tmp_path):
     assert checkpoint_of(tmp_path / "run", 3)["step"] == 3
 
 
-def test_only_the_newest_checkpoints_are_kept_besides_the_best(flags_for, tmp_path):
+def test_only_the_newest_checkpoints_and_the_best_are_kept(flags_for, tmp_path):
     result = train_here(flags_for(tmp_path, max_steps=6, save_every=1, keep_checkpoints=2))
     assert result.status == 0, result.err
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["best.pt", "step_00000005.pt", "step_00000006.pt"]
 
 
-def test_fresh_run_into_a_used_folder_moves_the_old_one_aside_whole(flags_for, tmp_path):
+def test_fresh_run_in_a_used_folder_moves_the_whole_old_run_aside(flags_for, tmp_path):
     assert train_here(flags_for(tmp_path / "run", max_steps=1, seed=1)).status == 0
     first = files_in(tmp_path / "run")
     result = train_here(flags_for(tmp_path / "run", max_steps=1, seed=2))
@@ -934,7 +935,7 @@ def test_tokens_per_second_are_the_tokens_of_a_step_over_its_seconds(clocked):
         assert row["tokens_per_sec"] == pytest.approx(TOKENS_PER_STEP / 2, rel=0.01)
 
 
-def test_mfu_is_the_arithmetic_of_a_second_over_the_printed_peak(clocked):
+def test_mfu_is_the_flops_of_a_second_divided_by_the_printed_peak(clocked):
     [teraflops] = re.findall(r"peak ([\d.]+) TFLOP/s", (clocked.parent / "stdout").read_text())
     for row in rows_of(clocked):
         expected = row["tokens_per_sec"] * FLOPS_PER_TOKEN / (float(teraflops) * 1e12)
@@ -942,7 +943,7 @@ def test_mfu_is_the_arithmetic_of_a_second_over_the_printed_peak(clocked):
 
 
 def test_peak_of_two_processes_is_twice_that_of_one(clocked, whole_of_two):
-    """The clocks of both runs tick in the same way. Tokens a second over MFU is the peak in tokens."""
+    """The clocks of both runs tick in the same way. Tokens a second divided by MFU is the peak in tokens a second."""
     [one], [two] = (
         {round(row["tokens_per_sec"] / row["mfu"]) for row in rows_of(run)} for run in (clocked, whole_of_two)
     )
@@ -950,8 +951,8 @@ def test_peak_of_two_processes_is_twice_that_of_one(clocked, whole_of_two):
 
 
 def test_evaluations_never_run_compiled_code(flags_for, tmp_path, monkeypatch):
-    """Their shapes differ from those of training, so each shape would be compiled anew. The backend of this test
-    compiles nothing. It notes whether gradients are on when its code reads weights: in training they are."""
+    """Evaluations have other shapes than training, so each shape would be compiled anew. The backend of this test
+    compiles nothing. It notes whether gradients are on when its code reads weights. In training they are on."""
     compile_, with_gradients = torch.compile, []
 
     def backend(graph, inputs):
@@ -980,7 +981,7 @@ def test_compiled_run_has_the_losses_of_the_uncompiled_one(flags_for, tmp_path):
         assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
 
 
-# ---------------------------------------------------------------- the sample, where nothing was prepared
+# ---------------------------------------------------------------- the sample, when no data was prepared
 
 
 def test_without_data_the_sample_is_prepared_trained_and_evaluated(tmp_path):
@@ -1037,7 +1038,7 @@ def test_all_bad_fields_are_named_at_once_with_value_and_cure(flags_for, tmp_pat
     assert_refused(result)
     lines = result.err.splitlines()
     for name, value in (bad | {"model.dim": 32}).items():
-        if name not in ("model.n_heads", "hellaswag_every"):  # the first is told under model.dim, the other is right
+        if name not in ("model.n_heads", "hellaswag_every"):  # model.dim reports the first; the second is valid
             [line] = [line for line in lines if f"{name}={value}:" in line]
             assert re.search(r"must|name auto|makes one|fetches", line), line
     assert not (tmp_path / "run").exists()
@@ -1058,7 +1059,7 @@ def test_total_batch_must_fit_batch_sequence_and_world_size(flags_for, tmp_path,
 
 def test_data_root_given_by_flag_is_never_replaced_by_the_sample(flags_for, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for missing in ("elsewhere", "data/fineweb-edu-10BT"):  # the second is the default's own name
+    for missing in ("elsewhere", "data/fineweb-edu-10BT"):  # the second is the default folder
         result = train_here(flags_for("run", data_root=missing))
         assert_refused(result, f"data_root={missing}", "load_fineweb_dataset.py")
     (tmp_path / "there").mkdir()
@@ -1069,8 +1070,8 @@ def test_data_root_given_by_flag_is_never_replaced_by_the_sample(flags_for, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-class CastsOfGates(TorchDispatchMode):
-    """Counts how often a gate's matrix, w1 of some block, is cast to bfloat16."""
+class FeedForwardCasts(TorchDispatchMode):
+    """Counts the casts to bfloat16 of w1 and w3, the matrices of shape (96, 32)."""
 
     def __init__(self):
         super().__init__()
@@ -1082,20 +1083,20 @@ class CastsOfGates(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_weights_are_cast_once_an_update_whatever_its_micro_steps(flags_for, tmp_path):
+def test_weights_are_cast_once_for_all_micro_steps_of_an_update(flags_for, tmp_path):
     counts = {}
-    for batch_size in (2, 8):  # 4 micro-steps, 1
-        with CastsOfGates() as casts:
+    for batch_size in (2, 8):  # 4 micro-steps, then 1
+        with FeedForwardCasts() as casts:
             flags = flags_for(
                 tmp_path / str(batch_size), batch_size=batch_size, dtype="bfloat16", max_steps=3, val_every=0
             )
             assert train_here(flags).status == 0
         counts[batch_size] = casts.count
-    assert counts[2] == counts[8] >= 3 * 2 * 2  # w1 and w3 of two blocks, and validation's
+    assert counts[2] == counts[8] >= 3 * 2 * 2  # 3 updates, w1 and w3, two blocks; validation adds casts
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])
-def test_dtype_auto_is_what_the_hardware_multiplies(flags_for, tmp_path, monkeypatch, has_bf16):
+def test_dtype_auto_is_bfloat16_only_where_the_hardware_multiplies_it(flags_for, tmp_path, monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
     cfg = read_config(flags_for(tmp_path / "run", dtype="auto"), train.ORIGINAL, train.SAMPLE)
     assert cfg.dtype == ("bfloat16" if has_bf16 else "float32")
@@ -1127,7 +1128,7 @@ def test_refused_run_leaves_an_earlier_run_where_it_is(flags_for, tmp_path):
     ],
     ids=lambda value: next(iter(value)),
 )
-def test_resume_refuses_what_it_cannot_go_on_with(whole, whole_flags, tmp_path, changes, words):
+def test_resume_refuses_flags_that_do_not_fit_the_checkpoint(whole, whole_flags, tmp_path, changes, words):
     out_dir = copy_checkpoint(whole, 20, tmp_path / "run")
     shutil.copyfile(whole / "metrics.jsonl", out_dir / "metrics.jsonl")
     before = files_in(out_dir)
@@ -1135,7 +1136,7 @@ def test_resume_refuses_what_it_cannot_go_on_with(whole, whole_flags, tmp_path, 
     assert files_in(out_dir) == before
 
 
-def test_checkpoint_from_before_documents_were_masked_goes_on_without(whole, whole_flags, tmp_path):
+def test_checkpoint_older_than_document_mask_goes_on_without_it(whole, whole_flags, tmp_path):
     path = copy_checkpoint(whole, 20, tmp_path / "run") / "checkpoints/step_00000020.pt"
     checkpoint = checkpoint_of(whole, 20)
     del checkpoint["config"]["document_mask"]
@@ -1156,8 +1157,8 @@ def test_damaged_newest_checkpoint_is_named_and_not_skipped(whole, whole_flags, 
     assert train_here(whole_flags(out_dir, resume=True, max_steps=21)).status == 0
 
 
-def test_checkpoint_that_holds_no_run_to_resume_is_refused(whole, whole_flags, tmp_path):
-    """A file with a model and without optimizers gets a sentence, not a KeyError."""
+def test_checkpoint_without_optimizers_is_refused_by_resume(whole, whole_flags, tmp_path):
+    """The file holds a model but no optimizers. The error is a sentence, not a KeyError."""
     checkpoint = checkpoint_of(whole, 20)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     path = tmp_path / "run/checkpoints/step_00000020.pt"
@@ -1176,7 +1177,7 @@ def test_checkpoint_that_holds_no_run_to_resume_is_refused(whole, whole_flags, t
         ({"hellaswag_path": "empty.jsonl"}, "empty.jsonl"),
     ],
 )
-def test_what_would_end_a_run_at_its_first_evaluation_is_refused_at_the_start(
+def test_flag_that_would_break_the_first_evaluation_is_refused_at_the_start(
     flags_for, tmp_path, monkeypatch, changes, word
 ):
     """With the default interval the first evaluation comes after 1,000 steps, hours into a run."""
@@ -1203,9 +1204,9 @@ def test_error_of_a_rank_that_is_not_the_first_is_printed(flags_for, tmp_path, m
     assert "device=cuda" in said and "1 are visible" in said
 
 
-# RED TODAY: before the process group exists, main() prints errors on rank 0 alone. Each node's first rank must print.
 def test_error_that_only_another_node_finds_at_the_start_is_printed(flags_for, tmp_path):
-    """Each rank has a node of its own, and rank 1's node lacks the data. Rank 0 waits, until the test ends it."""
+    """Each rank has a node of its own, and only rank 1's node lacks the data. So each node's first rank must print, not
+    rank 0 alone. Rank 0 waits until the test ends it."""
     port, missing = free_port(), tmp_path / "missing"
     data = ({}, {"data_root": missing})
     ranks = [
@@ -1240,7 +1241,7 @@ def test_error_that_all_ranks_of_a_node_find_is_printed_once(flags_for, tmp_path
 
 @contextmanager
 def poisoned_update(number: int):
-    """Update `number` leaves a weight that is not a number."""
+    """Update `number` sets a parameter to NaN."""
     updates = []
 
     def poison(optimizer, args, kwargs):
@@ -1275,7 +1276,7 @@ def test_learning_rate_far_too_high_stops_the_run(flags_for, tmp_path):
 
 
 def test_model_broken_by_its_last_update_is_not_saved_as_a_good_one(flags_for, tmp_path):
-    """No further step can notice it. The validation at the end must."""
+    """No later step can notice it. The validation at the end must."""
     with poisoned_update(3):
         result = train_here(flags_for(tmp_path, max_steps=3, save_every=2, val_every=0))
     assert_refused(result, "step 3", str(tmp_path / "checkpoints/step_00000002.pt"))
@@ -1292,8 +1293,8 @@ def test_rank_whose_loss_is_not_a_number_is_named_and_both_ranks_stop(flags_for,
 
 
 @contextmanager
-def largest_file(size: int):
-    """Writing beyond `size` bytes of a file fails, as on a full disk (Python ignores SIGXFSZ from the start)."""
+def file_size_limit(size: int):
+    """A write beyond `size` bytes fails, as on a full disk. Python ignores SIGXFSZ, so the write raises an error."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -1303,12 +1304,12 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_full_disk_is_one_sentence_and_the_older_checkpoint_is_intact(flags_for, tmp_path):
+def test_full_disk_gives_one_sentence_and_leaves_the_older_checkpoint_whole(flags_for, tmp_path):
     flags = flags_for(tmp_path, max_steps=4, save_every=2, val_every=0)
     assert train_here([*flags, "--max_steps", "2"]).status == 0
     older = tmp_path / "checkpoints/step_00000002.pt"
     before = files_in(tmp_path / "checkpoints")
-    with largest_file(100_000):
+    with file_size_limit(100_000):
         result = train_here([*flags, "--resume", "True"])
     assert_refused(result, "step_00000004.pt", "could not be written", "last good checkpoint is", str(older))
     assert len(result.err.strip().splitlines()) == 1
@@ -1317,8 +1318,8 @@ def test_full_disk_is_one_sentence_and_the_older_checkpoint_is_intact(flags_for,
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_full_disk_is_one_sentence_with_two_processes_too(flags_for, tmp_path):
-    """Only rank 0 writes. The other rank must be told, not find the connection closed."""
+def test_full_disk_gives_one_sentence_with_two_processes_too(flags_for, tmp_path):
+    """Only rank 0 writes. It must tell the other rank, which would otherwise find the connection closed."""
     pytest.importorskip("resource")
     script = driver(tmp_path / "driver", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))")
     results = launch(script, flags_for(tmp_path / "run", max_steps=2, val_every=0), ranks=2)
@@ -1328,7 +1329,7 @@ def test_full_disk_is_one_sentence_with_two_processes_too(flags_for, tmp_path):
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
-def test_weights_and_biases_failing_in_the_run_does_not_stop_training(flags_for, tmp_path, monkeypatch):
+def test_failure_of_weights_and_biases_does_not_stop_training(flags_for, tmp_path, monkeypatch):
     class Broken:
         def log(self, *args, **kwargs):
             raise ConnectionResetError("the service is gone")
