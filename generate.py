@@ -1,4 +1,4 @@
-"""Text from a checkpoint, in a terminal.
+"""Continue a text with the model of a checkpoint, in a terminal.
 
 python generate.py --checkpoint runs/sample --prompt "def main("
 """
@@ -16,32 +16,32 @@ from model import KVCache, Transformer
 from model_utils import load_model
 from tokenizer import Tokenizer
 
-CANDIDATES = 1024  # a nucleus is looked for among so many ids; a trained model's has tens or hundreds
+CANDIDATES = 1024  # likeliest ids to search first for a nucleus; a trained model's nucleus has tens or hundreds
 
 
 def nucleus(probabilities: Tensor, top_p: float, candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:
-    """Each row's smallest set of ids whose probabilities reach `top_p` (Holtzman et al., arXiv 1904.09751).
+    """The smallest set of ids in each row whose probabilities sum to at least `top_p` (arXiv 1904.09751).
 
-    Takes probabilities (B, V). Returns ids (B, C), the likeliest first, and their probabilities (B, C), which are 0 for
-    ids outside the set. Of equally likely ids the lower comes first. C is `candidates`, or V if that is too few for a
-    row.
+    Takes probabilities (B, V). Returns ids (B, C), the likeliest first, and their probabilities (B, C). Ids outside the
+    set have probability 0. Of two equally likely ids, the lower comes first. C is `candidates`, or V if a row may need
+    more ids or V is smaller.
     """
     vocab_size = probabilities.shape[-1]
-    if candidates < vocab_size:  # sorting 128,256 ids takes as long as a small model does
+    if candidates < vocab_size:  # sorting all 128,256 ids takes as long as running a small model
         ids = probabilities.topk(candidates, sorted=False).indices.sort().values
     else:
         ids = torch.arange(vocab_size, device=probabilities.device).expand_as(probabilities)
     ranked, order = probabilities.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    before = ranked.cumsum(-1) - ranked  # probability of all likelier ids; 0 for the first id, so it always stays
+    before = ranked.cumsum(-1) - ranked  # sum over the ids before this one; 0 for the first id, so it is always kept
     kept = before < top_p
-    # If the last candidate is kept, ids that are as likely or less likely are missing from the candidates.
+    # A kept id is only as likely as the last candidate. So ids outside the candidates may belong to the set.
     if candidates < vocab_size and (kept & (ranked == ranked[:, -1:])).any():
         return nucleus(probabilities, top_p, vocab_size)
     return ids.gather(-1, order), ranked.where(kept, 0)
 
 
 def sample_next(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Next ids (B,) from logits (B, V): the likeliest ids at temperature 0, else ids drawn from the nucleus."""
+    """Choose next ids (B,) from logits (B, V): the likeliest at temperature 0, else random draws from the nucleus."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
@@ -62,41 +62,44 @@ def generate(
     stop_tokens: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Continue prompts of any lengths in one batch. Return the new ids of each, without the stop token that ended it.
+    """Continue prompts of any lengths in one batch. Returns the new ids of each prompt, without the stop token.
 
-    A row ends at a stop token, after `max_new_tokens`, or where its prompt and new ids fill `max_seq_len`. The cache
+    A row ends at a stop token, after `max_new_tokens` ids, or when its prompt and new ids fill `max_seq_len`. The cache
     has the dtype of the weights.
 
     Raises:
-        ValueError: a prompt is empty or fills the context.
+        ValueError: a prompt is empty, or it leaves no room in the model's context.
     """
-    longest = model.config.max_seq_len
+    context_len = model.config.max_seq_len
     for prompt in prompts:
-        if not 0 < len(prompt) < longest:
-            raise ValueError(f"a prompt of {len(prompt)} tokens: give 1 to {longest - 1}, the model's context less one")
-    parameter = model.output.weight
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=parameter.device)
-    padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=parameter.device)
+        if not 0 < len(prompt) < context_len:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens: give 1 to {context_len - 1}, the model's context less one"
+            )
+    weight = model.output.weight
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+    padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=weight.device)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
-    cache_len = min(longest, padded.shape[1] + max_new_tokens)
-    cache = KVCache(model.config, len(prompts), cache_len, parameter.device, parameter.dtype)
+    cache_len = min(context_len, padded.shape[1] + max_new_tokens)
+    cache = KVCache(model.config, len(prompts), cache_len, weight.device, weight.dtype)
 
-    stop = torch.tensor(list(stop_tokens), dtype=torch.int64, device=parameter.device)
-    hidden = model.hidden(padded, cache=cache)[torch.arange(len(prompts)), lengths - 1]  # (B, D), each row's last
+    stop = torch.tensor(list(stop_tokens), dtype=torch.int64, device=weight.device)
+    hidden = model.hidden(padded, cache=cache)[torch.arange(len(prompts)), lengths - 1]  # (B, D), the last token's
     new = [sample_next(model.output(hidden), temperature, top_p, generator)]
-    ended = torch.isin(new[0], stop) | (lengths == longest - 1)
+    ended = torch.isin(new[0], stop) | (lengths == context_len - 1)
     while len(new) < max_new_tokens and not ended.all():
-        # A row that has ended goes on until all have ended, within the cache. Its further ids are cut off below.
+        # A row that has ended runs on until all have ended. `clamp` keeps it inside the cache. The code after the loop
+        # cuts its surplus ids off.
         hidden = model.hidden(new[-1][:, None], cache=cache, start=lengths.clamp(max=cache_len - 1))
         lengths = lengths + 1
         new.append(sample_next(model.output(hidden[:, 0]), temperature, top_p, generator))
-        ended |= torch.isin(new[-1], stop) | (lengths >= longest - 1)
-    texts = []
+        ended |= torch.isin(new[-1], stop) | (lengths >= context_len - 1)
+    continuations = []
     for prompt, ids in zip(prompts, torch.stack(new, dim=1).tolist(), strict=True):
-        ids = ids[: min(max_new_tokens, longest - len(prompt))]
-        texts.append(ids[: next((i for i, token in enumerate(ids) if token in stop_tokens), len(ids))])
-    return texts
+        ids = ids[: min(max_new_tokens, context_len - len(prompt))]
+        continuations.append(ids[: next((i for i, token in enumerate(ids) if token in stop_tokens), len(ids))])
+    return continuations
 
 
 def complete(
@@ -109,7 +112,10 @@ def complete(
     top_p: float,
     seed: int,
 ) -> list[str]:
-    """Each prompt with its continuation, as text. The same seed gives the same texts."""
+    """Continue each prompt. Returns prompt and continuation as one text. The same seed gives the same texts.
+
+    Raises what `generate` raises.
+    """
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     continuations = generate(
         model,

@@ -1,23 +1,24 @@
-"""HellaSwag, and files in its format: iterate over the rows, render them to ids, score a model.
+"""HellaSwag, and files in the same format: read the rows, encode them, score a model.
 
     python hellaswag_utils.py --checkpoint runs/mine --data data/hellaswag/hellaswag_val.jsonl
     python hellaswag_utils.py --checkpoint runs/mine --data data/hellaswag/hellaswag_val.jsonl --style lm-eval
 
-A language model answers with the ending that it finds likeliest after the context. `acc` takes the highest sum of the
-log-probabilities of an ending's tokens. `acc_norm` divides the sum by the ending's length first, so that short endings
-have no advantage. There are two styles:
+A model chooses the ending that is most probable after the context. For `acc`, an ending's score is the sum of the
+log-probabilities of its tokens. `acc_norm` divides this sum by the length of the ending, so that short endings have no
+advantage. There are two styles:
 
-- `gpt2`, as reproductions of GPT-2 report it (build-nanogpt, llm.c). The context is the row's `ctx` as it stands. An
-  ending's length is its tokens.
-- `lm-eval`, as EleutherAI's lm-evaluation-harness 0.4 reports it. The activity's label comes before the context, and
-  WikiHow's brackets are taken out. An ending's length is its characters, without the space before it. (The harness
-  calls a length in bytes `acc_bytes`. Its hellaswag task does not report that.) Two things differ on purpose.
-  Text that looks like a control token stays text here; Hugging Face's tokenizers would parse it. An ending that is
-  longer than the model's context is scored by its last tokens here; the harness stops.
+- `gpt2`, as reproductions of GPT-2 report it (build-nanogpt, llm.c). The context is the row's `ctx`, unchanged. The
+  length of an ending is its number of tokens.
+- `lm-eval`, as EleutherAI's lm-evaluation-harness 0.4 reports it. The activity label comes before the context.
+  WikiHow's bracketed marks are removed. The length of an ending is its number of characters, without the space before
+  it. (The harness also has `acc_bytes`, with lengths in bytes. Its hellaswag task does not report it.) Two things
+  differ from the harness on purpose. First, text that looks like a control token stays text here, but Hugging Face's
+  tokenizers would make it a control token. Second, if an ending is longer than the model's context, this script scores
+  its last tokens, but the harness stops.
 
-In both styles the begin-of-text id comes first, as in every training document and in Llama 3's published tokenizer.
+Both styles put the begin-of-text id first, as every training document and Llama 3's published tokenizer do.
 
-Shape letters: B rows of one batch, T tokens of the longest, N tokens to score, D model width, V vocabulary.
+Shape letters: B rows of a batch, T tokens of its longest row, N tokens to score, D model width, V vocabulary.
 """
 
 import argparse
@@ -40,28 +41,31 @@ from model import Transformer
 from model_utils import autocast, load_model
 from tokenizer import Tokenizer
 
-STYLES = {"gpt2": ("ctx",), "lm-eval": ("activity_label", "ctx_a", "ctx_b")}  # the fields that each style reads
+STYLES = {"gpt2": ("ctx",), "lm-eval": ("activity_label", "ctx_a", "ctx_b")}  # a row's text fields, by style
 BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Example:
-    context: list[int]  # ids, the begin-of-text id first
+    """A row, encoded as token ids."""
+
+    context: list[int]  # the begin-of-text id comes first
     endings: list[list[int]]
-    label: int  # the true ending's place
-    lengths: list[int] | None = None  # of each ending, for acc_norm to divide by; None: its scored tokens
+    label: int  # index of the true ending
+    lengths: list[int] | None = None  # acc_norm divides by these; None: by each ending's number of scored tokens
 
 
 # ---------------------------------------------------------------- rows and their ids
 
 
 def iterate_rows(path: str | Path, style: str = "gpt2") -> Iterator[dict]:
-    """Rows of a jsonl file in HellaSwag's format, with the fields that `style` reads.
+    """Yield the rows of a jsonl file in HellaSwag's format. Each row has the fields that `style` reads.
 
     Raises:
-        ValueError: a line is not such a row. The message names file and line.
+        OSError: the file cannot be read.
+        ValueError: a line is not such a row. The message names the file and the line.
     """
-    with open(path, "rb") as file:  # json decodes the bytes, and raises a ValueError if they are not UTF-8
+    with open(path, "rb") as file:  # json.loads decodes each line, so the try below also catches a decoding error
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
@@ -77,14 +81,14 @@ def iterate_rows(path: str | Path, style: str = "gpt2") -> Iterator[dict]:
 
 
 def render(row: dict, tokenizer: Tokenizer, style: str = "gpt2") -> Example:
-    """Ids of a row. A space joins context and ending. It belongs to the ending's first token."""
+    """Encode a row in `style`. A space joins the context and each ending, and is part of the ending's first token."""
     label = int(row["label"])
     if style == "gpt2":
         endings = [tokenizer.encode(" " + ending) for ending in row["endings"]]
         return Example(tokenizer.encode(row["ctx"], bos=True), endings, label)
     text = _without_brackets(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    # White space at the end of the context belongs to the ending. Context and ending are encoded together. The context
-    # alone has a number of tokens; the ending is what follows that many.
+    # White space at the end of the context belongs to the ending. Encode the context alone to count its tokens. Then
+    # encode context and ending together, and drop that many tokens: the rest is the ending.
     context = tokenizer.encode(text.rstrip(), bos=True)
     endings = [_without_brackets(ending) for ending in row["endings"]]
     ids = [tokenizer.encode(f"{text} {ending}", bos=True)[len(context) :] for ending in endings]
@@ -92,16 +96,17 @@ def render(row: dict, tokenizer: Tokenizer, style: str = "gpt2") -> Example:
 
 
 def _without_brackets(text: str) -> str:
-    """Take out WikiHow's marks, such as [header], exactly as lm-evaluation-harness does, spaces included."""
+    """Remove WikiHow's marks, such as [header]. Handles marks and spaces exactly as lm-evaluation-harness does."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def load_examples(
     path: str | Path, tokenizer: Tokenizer, limit: int | None = None, style: str = "gpt2"
 ) -> list[Example]:
-    """The first `limit` rows of a file (None: all), rendered.
+    """Read and encode the first `limit` rows of a file (None: all rows).
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file has no rows, or a line is not a row.
     """
     examples = [render(row, tokenizer, style) for row in islice(iterate_rows(path, style), limit)]
@@ -111,7 +116,7 @@ def load_examples(
 
 
 def benchmark_name(path: str | Path) -> str:
-    """What to call results on this file. Only HellaSwag's own file is called HellaSwag."""
+    """The name for results on this file: HellaSwag if the file's name begins so, else that name as words."""
     stem = Path(path).stem
     return "HellaSwag" if stem.lower().startswith("hellaswag") else stem.replace("_", " ")
 
@@ -121,31 +126,30 @@ def benchmark_name(path: str | Path) -> str:
 
 @dataclass
 class PackedRow:
-    """A context, and endings after it that do not see each other. So the context is computed once for all."""
+    """A context and several endings. The endings do not see each other, so the model computes the context only once."""
 
     context: list[int]
     endings: list[list[int]] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # of each ending: the number of its example, and its number there
+    # For each ending: the index of its example, and the index of the ending in that example
+    places: list[tuple[int, int]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """Tokens that the model reads. The last token of an ending is predicted, but not read."""
+        """Number of tokens that the model reads. It predicts the last token of an ending, but does not read it."""
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
 def pack(examples: Sequence[Example], max_len: int) -> list[PackedRow]:
-    """A row for each example, or several rows if one would exceed `max_len` tokens.
+    """Pack each example into one row, or into several rows if one would exceed `max_len` tokens.
 
-    If a context with a single ending is too long, the context loses its beginning. If the ending alone is too long, it
-    loses its beginning too. An ending of which no token is predicted is in no row.
+    If the context with a single ending is too long, the context loses its first tokens. If the ending alone is too
+    long, the ending loses its first tokens too. An ending without a token to predict is left out.
     """
     rows = []
     for i, example in enumerate(examples):
         row = None
         for j, ending in enumerate(example.endings):
             ids = (example.context + ending)[-max_len - 1 :]
-            start = max(len(ids) - len(ending), 1)  # nothing predicts the very first token
+            start = max(len(ids) - len(ending), 1)  # no earlier token predicts the first one
             context, ending = ids[:start], ids[start:]
             if not ending:
                 continue
@@ -158,11 +162,11 @@ def pack(examples: Sequence[Example], max_len: int) -> list[PackedRow]:
 
 
 def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tensor]:
-    """Log-probabilities of the tokens of each ending, row after row: a float32 tensor on the CPU for each ending."""
+    """Log-probabilities of the tokens of all endings, in order: a float32 tensor on the CPU for each ending."""
     B, T, device = len(rows), max(map(len, rows)), model.output.weight.device
-    # Padding follows the tokens, and no token sees what follows it.
+    # Padding comes after the tokens. No token sees a later one, so padding changes no result.
     tokens, positions, segments = torch.zeros(3, B, T, dtype=torch.int64)  # segment 0: the context; 1, 2, ...: endings
-    predictors, targets = [], []  # positions in the B x T tokens, and the ids that follow them
+    predictors, targets = [], []  # which of the B x T tokens predict, and the ids that they should predict
     for b, row in enumerate(rows):
         start = len(row.context)
         tokens[b, :start] = torch.tensor(row.context)
@@ -178,7 +182,7 @@ def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tens
     tokens, positions, segments = tokens.to(device), positions.to(device), segments.to(device)
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     hidden = model.hidden(tokens, positions=positions, mask=seen.tril()[:, None]).flatten(0, 1)
-    # The output layer is half of the arithmetic at 128,256 ids. It runs only where a token of an ending is predicted.
+    # At 128,256 ids the output layer is half of the arithmetic. So run it only where it predicts a token of an ending.
     losses = token_losses(hidden[predictors], model.output.weight, torch.tensor(targets, device=device))  # (N,)
     return list((-losses).cpu().split([len(ending) for row in rows for ending in row.endings]))
 
@@ -187,14 +191,17 @@ def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tens
 def score(
     model: Transformer, examples: Sequence[Example], *, batch_tokens: int = BATCH_TOKENS, show_progress: bool = False
 ) -> list[list[Tensor]]:
-    """Log-probabilities of the tokens of each ending of each example. Computes at most `batch_tokens` at once."""
+    """Log-probabilities of the tokens of each ending of each example, as float32 tensors on the CPU.
+
+    A batch has at most `batch_tokens` tokens, padding included, but at least one row.
+    """
     scores = [[torch.empty(0)] * len(example.endings) for example in examples]
-    # Sorted by length, a batch has little padding. Longest first, memory runs out at the beginning or never.
+    # Rows of similar length need little padding. The longest rows come first: if memory runs out, it does so early.
     rows = sorted(pack(examples, model.config.max_seq_len), key=len, reverse=True)
     with tqdm(total=len(rows), disable=not show_progress, unit="row") as progress:
         while rows:
             batch = rows[: max(1, batch_tokens // len(rows[0]))]
-            batch = [row for row in batch if len(row) >= 0.9 * len(batch[0])]  # shorter ones wait: too much padding
+            batch = [row for row in batch if len(row) >= 0.9 * len(batch[0])]  # shorter rows wait: too much padding
             rows = rows[len(batch) :]
             places = [place for row in batch for place in row.places]
             for (i, j), log_probs in zip(places, ending_log_probs(model, batch), strict=True):
@@ -204,7 +211,10 @@ def score(
 
 
 def choose(example: Example, log_probs: Sequence[Tensor]) -> tuple[int, int]:
-    """The ending with the highest sum of `log_probs`, and the ending with the highest sum divided by its length."""
+    """Index of the ending with the highest sum of `log_probs`, and of the ending with the highest sum / length.
+
+    The length is that of `example.lengths`, or else the number of log-probabilities. Length 0 counts as the lowest.
+    """
     sums = [ending.sum().item() for ending in log_probs]
     lengths = example.lengths or [len(ending) for ending in log_probs]
     norms = [total / length if length else -math.inf for total, length in zip(sums, lengths, strict=True)]
@@ -220,19 +230,20 @@ def count_correct(
     batch_tokens: int = BATCH_TOKENS,
     show_progress: bool = False,
 ) -> list[float]:
-    """[right by acc, right by acc_norm, examples] of this process's share, which is every `world_size`-th example.
+    """Count the right choices in this process's share of the examples: every `world_size`-th, from number `rank`.
 
-    Sum them over all processes. The first two divided by the last are the accuracies.
+    Returns [right by acc, right by acc_norm, examples]. To get the accuracies, sum these over all processes, and divide
+    the first two sums by the third.
     """
     share = examples[rank::world_size]
     scores = score(model, share, batch_tokens=batch_tokens, show_progress=show_progress)
     chosen = [choose(example, log_probs) for example, log_probs in zip(share, scores, strict=True)]
-    right = [sum(by[k] == example.label for by, example in zip(chosen, share, strict=True)) for k in (0, 1)]
+    right = [sum(pair[k] == example.label for pair, example in zip(chosen, share, strict=True)) for k in (0, 1)]
     return [*map(float, right), float(len(share))]
 
 
 def as_metrics(counts: list[float]) -> dict:
-    """Counts summed over all processes -> the fields of a row in `metrics.jsonl`."""
+    """Turn the counts of `count_correct`, summed over all processes, into fields for a row of `metrics.jsonl`."""
     correct, correct_norm, examples = counts
     return {
         "hellaswag_acc": correct / examples,
@@ -270,8 +281,8 @@ def main() -> int:
     except torch.OutOfMemoryError as error:
         print(f"hellaswag_utils.py: {error} Halve --batch_tokens; the scores stay the same", file=sys.stderr)
         return 1
-    named = {"benchmark": benchmark_name(args.data), "style": args.style, "step": checkpoint["step"]}
-    print(json.dumps(named | as_metrics(counts)))
+    source = {"benchmark": benchmark_name(args.data), "style": args.style, "step": checkpoint["step"]}
+    print(json.dumps(source | as_metrics(counts)))
     return 0
 
 

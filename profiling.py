@@ -1,4 +1,4 @@
-"""Where the time and the memory of a training step go."""
+"""Profiles training steps: shows where their time and their memory go."""
 
 import atexit
 from pathlib import Path
@@ -9,7 +9,7 @@ from model_utils import Process
 
 
 class NullProfiler:
-    """Stands in for a profiler and does nothing."""
+    """Has the methods of StepProfiler, but does nothing: for runs that are not profiled."""
 
     def step(self) -> None: ...
 
@@ -17,10 +17,10 @@ class NullProfiler:
 
 
 class StepProfiler:
-    """Records `steps` steps, and what happens between them. The first two are left out: they compile and warm up.
+    """Records `steps` training steps, and the work between them. It skips the first two, which compile and warm up.
 
-    At the end it prints the ten costliest operations. It leaves `trace.json` in `folder`, for ui.perfetto.dev or
-    chrome://tracing. On CUDA it also leaves `memory.pickle` with every allocation, for pytorch.org/memory_viz.
+    At the end it prints the ten costliest operations. It writes `trace.json` to `folder`, for ui.perfetto.dev or
+    chrome://tracing. On CUDA it also writes `memory.pickle` with every allocation, for pytorch.org/memory_viz.
     """
 
     SKIPPED = 2
@@ -30,7 +30,7 @@ class StepProfiler:
         self.done, self.finished = 0, False
 
     def step(self) -> None:
-        """Call this after every step."""
+        """Start or stop recording when it is time. Call this after every training step."""
         self.done += 1
         if self.done == self.SKIPPED:
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -39,12 +39,12 @@ class StepProfiler:
                 torch.cuda.memory._record_memory_history()
             self.profiler = torch.profiler.profile(activities=activities)
             self.profiler.start()
-            atexit.register(self.finish)  # also if the run fails: a running profiler crashes the interpreter at exit
+            atexit.register(self.finish)  # also if the run fails: a running profiler crashes Python at exit
         elif self.done == self.last:
             self.finish()
 
     def finish(self) -> None:
-        """Call this after the run, which may end before all steps are recorded."""
+        """Stop recording, print the table, and write the files. Call this after the run, even if the run ends early."""
         if self.finished:
             return
         self.finished, recorded = True, self.done - self.SKIPPED
@@ -67,7 +67,7 @@ class StepProfiler:
 
 
 def start_profiler(steps: int, folder: Path, process: Process) -> StepProfiler | NullProfiler:
-    """A profiler in the main process if `steps` is not 0."""
+    """A StepProfiler in the main process if `steps` is not 0, else a NullProfiler. It writes to `folder`."""
     return StepProfiler(steps, folder, process.device) if steps and process.is_main else NullProfiler()
 
 

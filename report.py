@@ -1,4 +1,4 @@
-"""metrics.jsonl of one or more runs -> one HTML page with plots.
+"""Plots metrics.jsonl of one or more runs on one HTML page.
 
     python report.py runs/llama3                          writes runs/llama3/report.html
     python report.py runs/a runs/b --out compare.html     two runs on one page, and where their settings differ
@@ -28,11 +28,11 @@ Point = tuple[float, float]  # tokens trained on, value
 # Colour-blind readers can tell these apart: Paul Tol's "vibrant" scheme, with a lighter blue for dark pages, and two
 # colours of his "muted" scheme.
 COLOURS = ("#2a86cc", "#ee7733", "#009988", "#ee3377", "#33bbee", "#cc3311", "#999933", "#aa4499")
-GREY = "#7b8087"  # has the same contrast on white and on a dark page
+GREY = "#7b8087"  # has the same contrast on a white page and on a dark page
 FAINT, FIRM = 'stroke-width="1.2" stroke-opacity="0.4"', 'stroke-width="2"'
 DASHED = 'stroke-width="1.5" stroke-dasharray="6 4"'
 LOSS_KEY = "nats per token; faint: each step, firm: smoothed, dots: validation"
-NONE = "–"  # stands for a value that a run does not have
+NONE = "–"  # in place of a value that a run does not have
 
 CSS = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1d2125; --muted: #68707a; --rule: #e2e5e8; --soft: #f6f7f8 }
@@ -59,7 +59,7 @@ pre { background: var(--soft); border-radius: 6px; padding: 14px; margin: 0; fon
 
 @dataclass
 class Run:
-    """What a run directory holds."""
+    """The contents of a run directory."""
 
     name: str
     colour: str
@@ -69,19 +69,19 @@ class Run:
 
     @property
     def benchmark(self) -> str:
-        """The same as hellaswag_utils.benchmark_name, without torch. Only HellaSwag's own file is called HellaSwag."""
+        """The run's benchmark. A copy of hellaswag_utils.benchmark_name, because this file does without torch."""
         stem = Path(self.config.get("hellaswag_path", "")).stem
         return "HellaSwag" if stem.lower().startswith("hellaswag") else stem.replace("_", " ") or "Multiple choice"
 
     def points(self, field: str) -> list[Point]:
-        """(tokens, value of `field`) of each row where both are finite numbers."""
+        """The points (tokens, value of `field`), sorted, of all rows where both are finite numbers."""
         pairs = ((row.get("tokens"), row.get(field)) for row in self.rows)
         return sorted((x, y) for x, y in pairs if is_number(x) and is_number(y) and x >= 0)
 
 
 @dataclass
 class Line:
-    """A line of a plot. `style` is FAINT, FIRM, DASHED, or empty for marks alone. The pointer reads labelled lines."""
+    """A line of a plot. `style` is FAINT, FIRM, DASHED, or empty for marks only. Tooltips show lines with a label."""
 
     points: list[Point]
     colour: str
@@ -91,11 +91,11 @@ class Line:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and -1e18 < value < 1e18  # false for NaN; sums cannot overflow
+    return isinstance(value, int | float) and -1e18 < value < 1e18  # False for NaN; the limits keep sums finite
 
 
 def read_json(text: str) -> dict:
-    """The JSON object in `text`, or an empty dict if there is none, as in a line that a kill cut short."""
+    """The JSON object in `text`, or an empty dict if there is none: a killed run may leave an incomplete line."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -104,12 +104,12 @@ def read_json(text: str) -> dict:
 
 
 def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
-    """Read run directories. config.json and samples.txt may be missing. Raises ValueError for any other folder."""
+    """Read run directories, with or without config.json and samples.txt. Raises ValueError without metrics.jsonl."""
     runs, names = [], [Path(folder).resolve().name for folder in run_dirs]
     for i, folder in enumerate(map(Path, run_dirs)):
         if not (folder / "metrics.jsonl").is_file():
-            what = "holds no metrics.jsonl" if folder.is_dir() else "no such run directory"
-            raise ValueError(f"{folder}: {what}; give the out_dir of a run that train.py has begun")
+            problem = "holds no metrics.jsonl" if folder.is_dir() else "no such run directory"
+            raise ValueError(f"{folder}: {problem}; give the out_dir of a run that train.py has begun")
         files = (folder / name for name in ("metrics.jsonl", "config.json", "samples.txt"))
         metrics, config, samples = (f.read_text("utf-8", errors="replace") if f.is_file() else "" for f in files)
         fields = read_json(config)
@@ -120,15 +120,15 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
             colour=COLOURS[i % len(COLOURS)],
             rows=[row for line in metrics.splitlines() if (row := read_json(line))],
             config={k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in fields.items()},
-            sample=re.split(r"^===== (?=step \d+$)", samples, flags=re.MULTILINE)[-1],  # as train.py heads them
+            sample=re.split(r"^===== (?=step \d+$)", samples, flags=re.MULTILINE)[-1],  # model_utils.py heads them
         )
         runs.append(run)
     return runs
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Running mean over 1% of the points on each side. The window is narrow at the start, where the loss is steep. The
-    last value is the mean of the last 1% of the points, or of the last two."""
+    """Running mean over 1% of the points on each side. At the start the window is narrower, because the loss is steep
+    there. The last value is the mean of the last 1% of the points, or of the last two if 1% is fewer."""
     reach, sums = max(1, len(points) // 100), [0, *accumulate(y for _, y in points)]
     smoothed = []
     for i, (x, _) in enumerate(points):
@@ -138,35 +138,37 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def thin(points: Sequence[Point], limit: int) -> list[Point]:
-    """About `limit` points that draw the same line: the first, the last, and the extremes of bins of equal size. The
-    means of the bins would lose the spikes."""
+    """About `limit` points that draw the same line: the first, the last, and the extremes of bins of equal size. Means
+    of the bins would lose the spikes."""
     if len(points) <= limit:
         return list(points)
     kept = {points[0], points[-1]}
     for begin, end in pairwise(len(points) * i // (limit // 2) for i in range(limit // 2 + 1)):
-        kept |= {choose(points[begin:end], key=itemgetter(1)) for choose in (min, max)}
+        kept |= {extreme(points[begin:end], key=itemgetter(1)) for extreme in (min, max)}
     return sorted(kept)
 
 
 def y_range(lines: Sequence[Line]) -> Point:
-    """The range of values to show. A loss that starts at 11, or a spike, would flatten the way from 4 to 3. So the
-    range is that of the smoothed line after 5% of the run. Other values extend it by at most half its height."""
+    """The lowest and the highest value to show. A loss that starts at 11, or a spike, would flatten the curve from 4 to
+    3. So the range is that of all lines but FAINT ones, after 5% of the run. Other values extend it on each side by at
+    most half its height."""
     values = [y for line in lines for _, y in line.points]
-    early = 0.05 if any(len(line.points) > 5 for line in lines) else 0  # a handful of points is shown whole
+    early = 0.05 if any(len(line.points) > 5 for line in lines) else 0  # show a few points whole
     calm = [y for line in lines if line.style != FAINT for x, y in line.points if x >= early * line.points[-1][0]]
     margin = (max(calm) - min(calm)) / 2
     return max(min(values), min(calm) - margin), min(max(values), max(calm) + margin)
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """About six round values, 1, 2 or 5 times a power of ten apart, from `low` or just below to `high` or above."""
+    """About six round values for an axis from `low` to `high`. They are 1, 2 or 5 times a power of ten apart. The first
+    may lie just below `low`, the last just above `high`."""
     power = 10.0 ** math.floor(math.log10((high - low) / 6))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= (high - low) / 6 * 0.999)
     return [i * step for i in range(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)]
 
 
 def number(value: float, unit: str = "k") -> str:
-    """A short number. `unit` is "%" for a share, "k" to shorten thousands (K) and millions (M), "" otherwise."""
+    """`value` as a short text. `unit` "%" shows a share as a percentage, "k" writes 1,000 as 1K, "" does neither."""
     if unit == "%":
         return f"{100 * value:.5g}%"
     sizes = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")) if unit == "k" else ()
@@ -175,22 +177,21 @@ def number(value: float, unit: str = "k") -> str:
 
 
 def escape(text: str) -> str:
-    """`text`, which may be anything, in a form that is safe in HTML and XML."""
+    """Any `text`, made safe for HTML and XML. A character that XML forbids becomes U+FFFD."""
     return html.escape(re.sub("[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
 
 
 def plot(lines: Sequence[Line], unit: str = "", at_least: Sequence[float] = ()) -> str:
-    """Axes and lines as SVG elements. The y axis includes the values `at_least`. Positions are percentages of a frame
-    that the caller sizes. So text and strokes keep their size on any screen."""
+    """Axes and lines as SVG elements. The y axis includes the values `at_least`. Positions are percentages of a frame,
+    and the caller sets the frame's size. So text and strokes keep their size on any screen."""
     lines = [line for line in lines if line.points]
     if not lines:
         return '<text x="50%" y="50%" text-anchor="middle">no rows yet</text>'
     x_max = max(line.points[-1][0] for line in lines) or 1
     low, high = y_range(lines)
     low, high = min(low, *at_least, high), max(high, *at_least, low)
-    y_ticks = ticks(
-        low, high if high - low > 1e-6 * abs(high) else low + (abs(low) or 1) / 10
-    )  # the range of a constant is 0
+    # A constant has a range of 0, so give it a height.
+    y_ticks = ticks(low, high if high - low > 1e-6 * abs(high) else low + (abs(low) or 1) / 10)
     low, high = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float, scale: float = 100) -> Point:
@@ -209,7 +210,7 @@ def plot(lines: Sequence[Line], unit: str = "", at_least: Sequence[float] = ()) 
     if (top := max(y for line in lines for _, y in line.points)) > high:
         parts.append(f'<text x="100%" y="-8" text-anchor="end">\u2191 up to {number(top, unit)}</text>')
 
-    # A corner takes 12 bytes and a mark 55, in half a dozen plots. So a page of eight runs stays under 500 KB.
+    # A corner takes 12 bytes and a mark 55. This limit keeps a page of half a dozen plots of eight runs under 500 KB.
     limit = max(10, min(1000, 3000 // len(lines)))
     drawn = [(line, thin(line.points, limit // 4 if line.marked else limit)) for line in lines]
     parts.append('<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none">')
@@ -228,7 +229,7 @@ def plot(lines: Sequence[Line], unit: str = "", at_least: Sequence[float] = ()) 
 
 
 def readings(drawn: Sequence[tuple[Line, list[Point]]], x_max: float, unit: str) -> str:
-    """Invisible strips over a plot. Each shows the values under the pointer as a tooltip."""
+    """Invisible strips over a plot. Each strip has a tooltip with the values of the labelled lines at its middle."""
     count = max(10, min(50, 800 // len(drawn)))
     strips = ""
     for i in range(count):
@@ -244,13 +245,13 @@ def readings(drawn: Sequence[tuple[Line, list[Point]]], x_max: float, unit: str)
 
 
 def noisy(runs: Sequence[Run], field: str) -> list[Line]:
-    """Two lines a run: its values step by step, and the smoothed values on top."""
+    """Two lines for each run: a faint line of all values, and on top a firm line of the smoothed values."""
     faint = [Line(run.points(field), run.colour, FAINT) for run in runs]
-    return faint + [Line(smooth(f.points), f.colour, FIRM, run.name) for f, run in zip(faint, runs, strict=True)]
+    return faint + [Line(smooth(raw.points), raw.colour, FIRM, run.name) for raw, run in zip(faint, runs, strict=True)]
 
 
 def loss_lines(runs: Sequence[Run]) -> tuple[list[Line], list[tuple[str, str]]]:
-    """The lines of the loss plot, and its legend. A single run has a second colour for its validation."""
+    """The lines of the loss plot, and its legend as (colour, name). A single run has a second colour for validation."""
     colours, names = [run.colour for run in runs], [run.name for run in runs]
     if len(runs) == 1:
         colours, names = list(COLOURS[:2]), ["training", "validation"]
@@ -262,7 +263,7 @@ def loss_lines(runs: Sequence[Run]) -> tuple[list[Line], list[tuple[str, str]]]:
 
 
 def loss_curve_svg(run_dirs: Sequence[str | Path]) -> str:
-    """The loss curve of the runs as an SVG document of its own, readable on white and on dark pages.
+    """The loss curve of the runs as a complete SVG document, readable on white and on dark pages.
 
     Raises ValueError if one of `run_dirs` is not a run directory.
     """
@@ -280,7 +281,7 @@ def loss_curve_svg(run_dirs: Sequence[str | Path]) -> str:
 
 
 def figure(title: str, what: str, lines: Sequence[Line], unit: str = "", at_least: Sequence[float] = ()) -> str:
-    """A plot with its title above, or an empty string if no run has points for it."""
+    """A plot below its title and `what`, an explanation in HTML. An empty string if no line has points."""
     if not any(line.points for line in lines):
         return ""
     caption = f"<figcaption>{escape(title)} <small>{what}</small></figcaption>"
@@ -288,7 +289,7 @@ def figure(title: str, what: str, lines: Sequence[Line], unit: str = "", at_leas
 
 
 def accuracy(runs: Sequence[Run], benchmark: str) -> str:
-    """The plot of one benchmark. Results on different files do not compare, so each benchmark has its own plot."""
+    """The plot of one benchmark. Results on different files cannot be compared, so each benchmark has its own plot."""
     lines, runs = [], [run for run in runs if run.benchmark == benchmark]
     for kind, style in (("acc_norm", FIRM), ("acc", DASHED)):
         lines += [Line(r.points(f"hellaswag_{kind}"), r.colour, style, f"{r.name}, {kind}", marked=True) for r in runs]
@@ -298,11 +299,12 @@ def accuracy(runs: Sequence[Run], benchmark: str) -> str:
 
 
 def legend(pairs: Sequence[tuple[str, str]]) -> str:
+    """A dot and a name for each pair (colour, name)."""
     return "".join(f'<span><i style="background: {colour}"></i>{escape(name)}</span>' for colour, name in pairs)
 
 
 def table(runs: Sequence[Run], facts: Sequence[dict[str, str]]) -> str:
-    """A table of the `facts` of each run, side by side. A single run is a compact list."""
+    """A table with a column for each run and a row for each key of `facts`. A single run is a compact list instead."""
     if len(runs) == 1:
         pairs = [f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>\n" for key, value in facts[0].items()]
         return f"<dl>{''.join(pairs)}</dl>"
@@ -314,7 +316,7 @@ def table(runs: Sequence[Run], facts: Sequence[dict[str, str]]) -> str:
 
 
 def summary(run: Run) -> dict[str, str]:
-    """The most important figures of a run, as text."""
+    """The most important figures of a run, by name, as text."""
 
     def pick(choose: Callable, field: str, form: str) -> str:
         values = [y for _, y in run.points(field)]
@@ -363,7 +365,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> None:
     ]
     for run in runs:
         step, _, text = run.sample.partition("\n")
-        if text := text.strip()[: 30_000 // len(runs)]:  # enough to judge the text; the page stays small
+        if text := text.strip()[: 30_000 // len(runs)]:  # enough to judge; keeps the page small
             heading = escape(f"Text generated by {run.name}, {step}")
             parts.append(f"<h2>{heading}</h2><pre>\n{escape(text)}</pre>")
     if any(configs):

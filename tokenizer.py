@@ -1,8 +1,8 @@
 """Llama 3's tokenizer: text <-> token ids, byte-pair encoding over `tokenizer.model` with tiktoken.
 
 `tokenizer.model` is Meta's file: 128,000 byte sequences, one a line, in the order in which they were merged. 256
-control ids follow them. The first merges of that order are a complete, smaller tokenizer: a vocabulary of N ids keeps
-the first N - 256 merges and puts the same control ids after them.
+control ids come after them. The first byte sequences alone are a complete, smaller tokenizer. So a vocabulary of N ids
+keeps the first N - 256 byte sequences, and puts the same control ids after them.
 
 Reference: the class `Tokenizer` in Meta's `llama_models/llama3/tokenizer.py`. The tests compare with it.
 """
@@ -20,21 +20,21 @@ import tiktoken
 MODEL_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
 DEFAULT_PATH = Path(__file__).with_name("tokenizer.model")
 
-# Text is cut into pieces before any merge: contractions, words with one leading character, up to three digits,
-# punctuation, line ends, white space. A merge never crosses the border of a piece.
+# This pattern cuts text into pieces before any merge: contractions, words with one leading character, up to three
+# digits, punctuation, line ends, white space. A merge never joins bytes of two pieces.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
 )
 _SPACES = r"\s+(?!\S)|\s+"
 SPLIT_PATTERN = f"{_WORDS}|{_SPACES}"
-# The same pattern, faster. Because of the look-ahead in _SPACES, tiktoken matches the alternatives one by one, by
-# backtracking. A group without a look-ahead goes to a faster automaton as a whole. That makes 1.2 to 1.3 times the
-# tokens a second (benchmarks/data_prep.py).
+# The same pattern, but 1.2 to 1.3 times as fast (benchmarks/data_prep.py). The look-ahead in _SPACES makes tiktoken
+# match the alternatives one by one, with backtracking. A group has no look-ahead, so a faster automaton matches it as a
+# whole.
 _GROUPED_PATTERN = f"(?:{_WORDS})|{_SPACES}"
 
 NUM_SPECIAL_TOKENS = 256
-VOCAB_SIZES = range(256 + NUM_SPECIAL_TOKENS, 128_000 + NUM_SPECIAL_TOKENS + 1)  # from bare bytes to all merges
+VOCAB_SIZES = range(256 + NUM_SPECIAL_TOKENS, 128_000 + NUM_SPECIAL_TOKENS + 1)  # from single bytes to all merges
 _NAMED_SPECIAL_TOKENS = (  # Meta's positions, as of Llama 3.2; the rest of the 256 are reserved
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -53,7 +53,8 @@ SPECIAL_TOKENS = _NAMED_SPECIAL_TOKENS + tuple(
     f"<|reserved_special_token_{i + 2}|>" for i in range(NUM_SPECIAL_TOKENS - len(_NAMED_SPECIAL_TOKENS))
 )
 
-# tiktoken panics on longer texts. Its time grows with the square of a run of characters that the pattern cannot cut.
+# split_long keeps to these limits. tiktoken panics on longer texts. If the pattern cannot cut a run of characters,
+# tiktoken's time grows with the square of the run's length.
 MAX_ENCODE_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 
@@ -63,7 +64,7 @@ class Tokenizer:
 
     Args:
         path: Meta's `tokenizer.model`.
-        vocab_size: number of ids, 512 to 128,256, with the 256 control ids. None keeps all.
+        vocab_size: number of ids, 512 to 128,256, including the 256 control ids. None keeps all.
 
     Raises:
         FileNotFoundError: there is no file at `path`.
@@ -95,7 +96,7 @@ class Tokenizer:
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
-        """Built at first use, in a third of a second. A process that leaves encoding to workers never needs it."""
+        """tiktoken's encoder. Building it takes 0.3 s, and a process that leaves encoding to workers never needs it."""
         return tiktoken.Encoding(
             name=f"llama3-{self.vocab_size}",
             pat_str=_GROUPED_PATTERN,
@@ -105,12 +106,12 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 of everything that decides which ids a text becomes. Equal fingerprints mean equal ids."""
+        """SHA-256 of everything that determines the ids of a text. Equal fingerprints mean equal ids."""
         parts = (MODEL_SHA256, SPLIT_PATTERN, *SPECIAL_TOKENS, str(self.vocab_size))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`, with the begin id before and the end id after them if asked for.
+        """Ids of `text`. `bos` puts the begin-of-text id before them, `eos` puts the end-of-text id after them.
 
         Text that looks like a control token is encoded as plain characters. Lone surrogates, which UTF-8 cannot hold,
         become U+FFFD.
@@ -125,8 +126,8 @@ class Tokenizer:
     def encode_document(self, text: str) -> list[np.ndarray]:
         """`encode(text, bos=True, eos=True)` as uint32 arrays: the begin id, the ids of each piece, the end id.
 
-        The pieces are those of `split_long`, nearly always one. No Python object is made for an id, and nothing is
-        copied.
+        `split_long` makes the pieces, nearly always one. This is faster than `encode`: it makes no Python object for
+        each id, and copies nothing.
 
         Raises:
             UnicodeEncodeError: the text holds lone surrogates. Only `encode` replaces them.
@@ -135,7 +136,7 @@ class Tokenizer:
         return [np.array([self.bos_id], np.uint32), *ids, np.array([self.eos_id], np.uint32)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`. Control ids appear by name. Bytes that are not UTF-8 become U+FFFD.
+        """Text of `ids`. Control ids appear as their names. Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -146,15 +147,15 @@ class Tokenizer:
         return self._encoding.decode(ids)
 
     def token_byte_lengths(self) -> np.ndarray:
-        """Bytes of text of each id, (V,) int64; 0 for control ids. With it nats a token become bits a byte."""
+        """Number of bytes of each id, (V,) int64; 0 for control ids. Converts nats a token to bits a byte."""
         return np.array([len(token) for token in self._text_tokens] + [0] * NUM_SPECIAL_TOKENS)
 
 
 def split_long(text: str) -> Iterator[str]:
-    """Cut `text` into pieces of at most MAX_ENCODE_CHARS, without runs longer than MAX_RUN_CHARS.
+    """Cut `text` into pieces of at most MAX_ENCODE_CHARS characters. No piece has a run longer than MAX_RUN_CHARS.
 
-    A run is white space alone, or anything else without white space. Nearly all texts need no cut, and cost only a look
-    at a few characters.
+    A run has either only white space or no white space. Nearly all texts need no cut. To see this, the function looks
+    at only a few characters.
     """
     for start in range(0, len(text), MAX_ENCODE_CHARS):
         block = text[start : start + MAX_ENCODE_CHARS]
@@ -170,7 +171,7 @@ def split_long(text: str) -> Iterator[str]:
 
 
 def _may_hold_long_run(block: str) -> bool:
-    """Whether `block` may hold a run of more than MAX_RUN_CHARS: it would fill one of the stretches whole."""
+    """Whether `block` may hold a run longer than MAX_RUN_CHARS. It would fill a whole stretch of half that length."""
     size = MAX_RUN_CHARS // 2
     stretches = (block[i : i + size] for i in range(0, len(block) - size + 1, size))
     return any(stretch.isspace() or not re.search(r"\s", stretch) for stretch in stretches)

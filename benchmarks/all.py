@@ -1,11 +1,11 @@
-"""Runs every benchmark of the model and writes the table in benchmarks/README.md. Nothing gets slower unnoticed.
+"""Runs every benchmark of the model, writes the table in benchmarks/README.md, and reports rows that got slower.
 
-    python benchmarks/all.py                     all of them: an hour on two cores
-    python benchmarks/all.py --only generation   those whose name holds the word; the other rows stay as they are
+    python benchmarks/all.py                     all rows: an hour on two cores
+    python benchmarks/all.py --only generation   the rows with this word in their name; the other rows do not change
 
-A row compares our fastest way with the peer's fastest, and replaces the old row in the table. If a ratio has fallen by
-more than a tenth, the old row stays, the new row is printed, and the exit status is 1; --accept takes the new row.
-On another machine, or with another torch, the rows begin a new table.
+A row compares our fastest way with the peer's fastest way. The new row replaces the old one in the table. But if the
+ratio has fallen by more than a tenth, the old row stays, the new row is only printed, and the exit status is 1. With
+--accept the new row replaces the old one even then. Another machine, or another torch version, begins a new table.
 """
 
 import argparse
@@ -29,9 +29,11 @@ HEAD = "| what | command | ours | peer | ratio | of the matmul rate | peak memor
 
 @dataclass(frozen=True)
 class Row:
+    """How to measure a row of the table. A way is one method of doing a benchmark's work: see common.py."""
+
     command: str  # script and flags
-    peers: str = "Hugging Face"  # how the names of the peer's ways begin
-    figure: str = "tokens_per_sec"
+    peers: str = "Hugging Face"  # the names of the peer's ways begin with this
+    figure: str = "tokens_per_sec"  # the figure to compare
     unit: str = "tokens/s"
 
 
@@ -56,23 +58,24 @@ ROWS = {
 
 @cache
 def measure(command: str) -> dict[str, dict]:
-    """The ways of a benchmark, by name, with their figures."""
+    """Run a benchmark. Returns the figures of each way, by the name of the way."""
     print(f"+ python benchmarks/{command}", file=sys.stderr, flush=True)
     script, *flags = command.split()
     call = [sys.executable, str(HERE / script), *flags, "--json"]
     output = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
     ways = json.loads(output.splitlines()[-1])["ways"]
-    for way, figures in ways.items():  # the table has the fastest two alone
+    for way, figures in ways.items():  # the table shows only the two fastest
         print(f"  {way}: " + ", ".join(f"{key} {value:,.3g}" for key, value in figures.items()), file=sys.stderr)
     return ways
 
 
 def as_line(name: str) -> str:
+    """Measure a row, and format it as a line of the table."""
     row, figure = ROWS[name], ROWS[name].figure
     ways = measure(row.command)
     of_peer = {way: figures for way, figures in ways.items() if way.startswith(row.peers)}
     of_ours = {way: figures for way, figures in ways.items() if way.startswith("ours") or "processes" in way}
-    ours, peer = (max(some.values(), key=lambda figures: figures[figure]) for some in (of_ours, of_peer))
+    ours, peer = (max(group.values(), key=lambda figures: figures[figure]) for group in (of_ours, of_peer))
     peer_name = next(way for way, figures in of_peer.items() if figures is peer)
 
     def pair(key: str, form: str) -> str:
@@ -93,7 +96,7 @@ def as_line(name: str) -> str:
 
 
 def read_table() -> tuple[str, dict[str, str]]:
-    """The table of benchmarks/README.md: the line above it, which names the machine; and its lines, by first cell."""
+    """Read benchmarks/README.md. Returns the line above the table, which names the machine, and the rows by name."""
     text = README.read_text(encoding="utf-8")
     block = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
     lines = [line for line in block.splitlines() if line.startswith("| ")]
@@ -101,6 +104,7 @@ def read_table() -> tuple[str, dict[str, str]]:
 
 
 def write_table(heading: str, rows: dict[str, str]) -> None:
+    """Write `heading` and the rows to benchmarks/README.md, in the order of ROWS."""
     lines = [heading, "", HEAD, re.sub(r"[^|]+", " --- ", HEAD), *(rows[name] for name in ROWS if name in rows)]
     text = README.read_text(encoding="utf-8")
     block = "\n".join([BEGIN, *lines, ""])
@@ -109,27 +113,25 @@ def write_table(heading: str, rows: dict[str, str]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a word that the names of the rows to measure hold (default: all)")
+    parser.add_argument("--only", default="", help="measure the rows with this word in their name (default: all)")
     parser.add_argument("--accept", action="store_true", help="take rows that have become slower into the table")
     args = parser.parse_args()
     names = [name for name in ROWS if args.only in name]
     if DEVICE.type == "cuda" and torch.cuda.device_count() < 2:
         names = [name for name in names if "processes" not in name]
     if not names:
-        parser.error(
-            f"--only {args.only}: no row that this machine can measure has it in its name, of: {'; '.join(ROWS)}"
-        )
+        parser.error(f"--only {args.only}: this machine can measure no row of that name; rows: {'; '.join(ROWS)}")
     heading, rows = read_table()
     if heading != f"{machine()}:":
         if args.only:
-            parser.error(f"the table is of another machine ({heading.strip(':')}): without --only, a new one begins")
+            parser.error(f"the table is from another machine ({heading.strip(':')}): to begin a new one, omit --only")
         rows = {}
     slower = False
     for name in names:
         line = as_line(name)
         print(line, flush=True)
         if name in rows and not args.accept:
-            before, now = (float(some.split(" | ")[4]) for some in (rows[name], line))
+            before, now = (float(text.split(" | ")[4]) for text in (rows[name], line))  # the ratios
             if now < 0.9 * before:
                 print(f"slower: {name}: {before} times the peer before, {now} now", file=sys.stderr)
                 slower = True

@@ -1,4 +1,4 @@
-"""What the benchmarks share: ways of doing the same work that take turns, in processes of their own; and the peer."""
+"""Shared by the benchmarks: worker processes that do the same work in several ways, in turns; and the peer model."""
 
 import ctypes
 import json
@@ -20,7 +20,7 @@ from hardware import dtype_name, fastest_dtype, peak_flops
 from model import ModelConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The shape of the design's figures, as it is in train.py's CONFIGURATION, and a small one that a laptop can train.
+# The original shape, as in train.py's CONFIGURATION, and a small shape that a laptop can train.
 SHAPES = {
     "original": {"dim": 768, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8, "vocab_size": 128_256},
     "small": {"dim": 256, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 8192},
@@ -28,7 +28,7 @@ SHAPES = {
 
 
 def machine() -> str:
-    """This machine in a line."""
+    """This machine in one line: the GPU or processor, its cores, the fastest dtype, the torch version."""
     if DEVICE.type == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -44,21 +44,25 @@ def machine() -> str:
 
 
 class Worker:
-    """Ways of doing some work, in a process of its own, so that its memory can be measured. It sleeps between turns.
+    """A process that does some work in one or more ways. It sleeps between turns.
 
-    `make(*args)` runs there once, and returns a function for each way by name; what the function returns, a dict,
-    comes back with the "seconds" it took and the process's "peak_gib" while it ran.
+    It is a separate process so that its memory can be measured. `make(*args)` runs in it once, and returns a function
+    for each way, by the name of the way. `names` lists these names.
     """
 
     def __init__(self, make: Callable[..., dict[str, Callable[[], dict]]], *args):
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self.pipe, child_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(child_end, make, args), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
         self.names: list[str] = self._receive()
 
     def turn(self, name: str) -> dict:
+        """Do the work once in the way `name`. Returns the function's dict, with "seconds" and "peak_gib" added.
+
+        The function may return "seconds" itself. That value then counts.
+        """
         self.pipe.send(name)
         return self._receive()
 
@@ -71,6 +75,7 @@ class Worker:
 
 
 def _serve(pipe, make: Callable, args: tuple) -> None:
+    """The loop of a Worker's process: receive the name of a way, call it, send its result."""
     try:
         ways = make(*args)
         pipe.send(list(ways))
@@ -83,12 +88,12 @@ def _serve(pipe, make: Callable, args: tuple) -> None:
                 torch.cuda.synchronize()
             result = {"seconds": time.perf_counter() - began, "peak_gib": _peak_memory()} | result
             if platform.system() == "Linux":
-                # So that one way's scraps do not count as the next one's memory. It takes a second for gigabytes: now,
-                # not while the other process works or the matmul rate is measured.
+                # Give freed memory back to the system, else it counts for the next way. This takes a second for
+                # gigabytes. Do it before the answer: afterwards another process works, or the matmul rate is measured.
                 ctypes.CDLL(None).malloc_trim(0)
             pipe.send(result)
     except EOFError:
-        pass  # the benchmark is over
+        pass  # the pipe is closed: the benchmark is over
     except Exception:
         traceback.print_exc()
         os._exit(1)
@@ -98,11 +103,11 @@ def _reset_peak_memory() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+        Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM, see proc(5)
 
 
 def _peak_memory() -> float:
-    """Peak memory of the device, or on a CPU of this process, since the last reset, in GiB. NaN if nothing tells."""
+    """Peak memory since the last reset, in GiB: of the GPU, or without one of this process. NaN if it is unknown."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     if not Path("/proc/self/status").exists():
@@ -112,10 +117,11 @@ def _peak_memory() -> float:
 
 
 def take_turns(workers: list[Worker], turns: int) -> dict[str, list[dict]]:
-    """The results of every way, turn by turn.
+    """In each turn, run every way of every worker once. Returns the results of each way, one for each turn.
 
-    Each has the device's matmul rate in its fastest dtype as "peak", in FLOP/s (of a known GPU the published one). The
-    rate is measured before each way of a turn. The largest counts, because whatever disturbs a measurement lowers it.
+    Each result also has "peak": the device's matmul rate in its fastest dtype, in FLOP/s. For a known GPU this is the
+    published rate. Otherwise the rate is measured before each way of a turn, and the largest value counts, because
+    any disturbance lowers a measurement.
     """
     worker_of = {name: worker for worker in workers for name in worker.names}
     rows: dict[str, list[dict]] = {name: [] for name in worker_of}
@@ -131,11 +137,12 @@ def take_turns(workers: list[Worker], turns: int) -> dict[str, list[dict]]:
 
 
 def medians(rows: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+    """The median of each figure of each way over the turns."""
     return {name: {key: statistics.median(row[key] for row in r) for key in r[0]} for name, r in rows.items()}
 
 
 def report(title: str, columns: dict[str, Callable[[dict], str]], result: dict[str, dict], as_json: bool) -> None:
-    """A Markdown table with a line for each way, or one JSON object."""
+    """Print a Markdown table with a line for each way, or one JSON object. `columns` has a function for each cell."""
     if as_json:
         print(json.dumps({"title": title, "machine": machine(), "ways": result}))
         return
@@ -149,10 +156,10 @@ def report(title: str, columns: dict[str, Callable[[dict], str]], result: dict[s
 
 
 def hugging_face(config: ModelConfig):
-    """Hugging Face's Llama of the same shape, with random weights and SDPA attention."""
+    """Hugging Face's Llama of the shape of `config`, on DEVICE, with random weights and SDPA attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    theirs = LlamaConfig(
+    llama_config = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.dim,
         intermediate_size=config.ffn_dim,
@@ -167,4 +174,4 @@ def hugging_face(config: ModelConfig):
         pad_token_id=None,
         attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(theirs).to(DEVICE)
+    return LlamaForCausalLM(llama_config).to(DEVICE)

@@ -1,11 +1,11 @@
-"""Two processes that share the cores against one process: tokens a second of train.py, and the last loss of each.
+"""train.py in two processes against one process: tokens a second, and the last loss of each.
 
     python benchmarks/data_parallel.py                 dim 256, 6 layers, 8,192 ids, 4,096 tokens a step: 3 minutes
-    python benchmarks/data_parallel.py --processes 8   a GPU each; without any, shares of the cores
+    python benchmarks/data_parallel.py --processes 8   one GPU for each process; without GPUs they share the cores
 
-Both train the same model on the same windows of the sample corpus, in turns. What data parallelism costs is what the
-second loses: the gradients' way between the processes, as far as it does not hide behind the backward pass. With a GPU
-for each process, the tokens a second are compared a GPU.
+Both runs train the same model on the same windows of the sample corpus, in turns. The difference in speed is the cost
+of data parallelism: the processes exchange gradients, and the backward pass hides only part of that time. With a GPU
+for each process, the script compares tokens a second for each GPU.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from model import ModelConfig, Transformer
 from model_utils import flops_per_token
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-TOKENS = 16 * 256  # a step, over all processes
-SKIPPED = 3  # steps, in which compiling happens
+TOKENS = 16 * 256  # of a step, over all processes
+SKIPPED = 3  # first steps, which compile
 
 
 def run(processes: int, data_root: str, steps: int) -> dict:
-    """The figures of a run of train.py: tokens a second of the median step, and the last loss."""
+    """Run train.py for SKIPPED + `steps` steps. Returns the tokens a second of the median step, and the last loss."""
     with tempfile.TemporaryDirectory() as out_dir:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         fields = {f"model.{name}": value for name, value in SHAPES["small"].items()} | {
             "model.max_seq_len": 256,
             "data_root": data_root,
@@ -48,7 +48,7 @@ def run(processes: int, data_root: str, steps: int) -> dict:
             "save_every": 0,
         }
         flags = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-        command = [*(start if processes > 1 else [sys.executable]), str(TRAIN), *flags]
+        command = [*(torchrun if processes > 1 else [sys.executable]), str(TRAIN), *flags]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "train_loss" in row]
@@ -60,7 +60,7 @@ def run(processes: int, data_root: str, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="against one (default: 2)")
+    parser.add_argument("--processes", type=int, default=2, help="processes to compare with one (default: 2)")
     parser.add_argument("--steps", type=int, default=20, help="steps of each in a turn (default: 20)")
     parser.add_argument("--turns", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

@@ -1,4 +1,4 @@
-"""The cost of `document_mask`: training steps of the small shape with and without it, in turns.
+"""The cost of `document_mask`: training steps of the small shape with the mask and without it, in turns.
 
 python benchmarks/document_mask.py                                    4 x 1,024 tokens
 python benchmarks/document_mask.py --batch_size 16 --seq_len 256
@@ -18,26 +18,28 @@ from model import ModelConfig, Transformer, document_positions
 from model_utils import MixedPrecision, compile_blocks, place_model
 from optimizers import build_optimizers
 
-BOS = 0  # any id, as all of them are drawn at random
+BOS = 0  # any id would do, because all ids are random
 
 
 def ways(shape: tuple[int, int], document_tokens: int) -> dict[str, Callable[[], dict]]:
+    """Two ways of a training step on random tokens of `shape` (B, T): with the mask and without it.
+
+    `document_tokens` is the average length of a document.
+    """
     keep_freed_memory()  # as train.py does
     config = ModelConfig(**SHAPES["small"], max_seq_len=shape[1])
     model = place_model(Transformer(config), DEVICE)
     compile_blocks(model)
     optimizers = build_optimizers(model, ADAMW)
-    mixed, dtype = (
-        MixedPrecision(model, fastest_dtype(DEVICE), optimizers),
-        dtype_name(fastest_dtype(DEVICE)),
-    )
+    mixed = MixedPrecision(model, fastest_dtype(DEVICE), optimizers)
+    dtype = dtype_name(fastest_dtype(DEVICE))
 
     def loss_of(masked: bool, tokens: Tensor, targets: Tensor) -> Tensor:
         tokens[torch.rand(shape, device=DEVICE) < 1 / document_tokens] = BOS
         return mixed(tokens, targets, positions=document_positions(tokens, BOS) if masked else None)
 
     def turn(update: Callable[..., dict]) -> dict:
-        update(dtype, "default")  # brings the memory to the state of a long run
+        update(dtype, "default")  # does not count; it brings memory to the state of a long run
         return update(dtype, "default")
 
     return {
@@ -56,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     shape = args.batch_size, args.seq_len
     rows = take_turns([Worker(ways, shape, args.document_tokens)], args.turns + 1)
-    result = medians({name: r[1:] for name, r in rows.items()})  # the first compiles
+    result = medians({name: r[1:] for name, r in rows.items()})  # the first turn compiles
     for row in result.values():
         row["tokens_per_sec"] = args.batch_size * args.seq_len / row["seconds"]
         row["of_unmasked"] = result["without the mask"]["seconds"] / row["seconds"]

@@ -1,14 +1,15 @@
-"""Generating text against Hugging Face's generate: tokens a second, share of the memory's and the matmul rate, memory.
+"""Text generation against Hugging Face's `generate`: tokens a second, shares of the machine's limits, peak memory.
 
     python benchmarks/generate.py                          4 prompts, 128 new tokens each: 5 minutes on two cores
-    python benchmarks/generate.py --dtypes bfloat16 --new_tokens 8 --turns 1     where bf16 is not in the hardware
+    python benchmarks/generate.py --dtypes bfloat16 --new_tokens 8 --turns 1     for hardware without bf16
 
-The prompts have 16, 32, ... tokens and form one batch. No row ends early. Hugging Face's model runs on SDPA, with its
-dynamic cache, and with its static cache and a compiled step. The ways take turns. Figures are medians. The first turn
-compiles, so it is a column of its own.
+The prompts have 16, 32, ... tokens and form one batch. No row ends early. Hugging Face's model uses SDPA. It runs with
+its dynamic cache, and also with its static cache and a compiled step. The ways take turns. Figures are medians. The
+first turn compiles, so it has a column of its own.
 
-A step reads all weights once, except the embedding's. Its speed is given as a share of the memory's rate. That rate is
-measured right after, by a sum over the weights of the output layer.
+There are two limits: the speed of matrix products, and the speed of memory. A step reads all weights once, except the
+embedding's. The table shows this reading as a share of the memory's rate. The script measures that rate right after
+each way, with a sum over the weights of the output layer.
 """
 
 import argparse
@@ -32,26 +33,29 @@ CONFIG = ModelConfig(dim=512, n_layers=8, n_heads=8, n_kv_heads=4, vocab_size=12
 
 @dataclass
 class Job:
-    dtype: str
+    """What each worker generates."""
+
+    dtype: str  # of weights and cache
     sampling: list[str]
     new_tokens: int
     batch_size: int
 
     def prompts(self) -> list[list[int]]:
+        """Prompts of 16, 32, ... random ids, the same at every call."""
         generator = torch.Generator().manual_seed(0)
         lengths = range(16, 16 * self.batch_size + 1, 16)
         return [torch.randint(CONFIG.vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
 def sharpen(output: torch.nn.Linear) -> None:
-    """Spread the logits to a deviation of 4, as training does. The logits of random weights are so alike that the
-    nucleus would be nine tenths of the vocabulary instead of tens of ids."""
+    """Scale the logits to a standard deviation of 4, as in a trained model. Random weights make such similar
+    logits that the nucleus would be nine tenths of the vocabulary instead of tens of ids."""
     with torch.no_grad():
         output.weight.mul_(4 / (0.02 * output.in_features**0.5))
 
 
 def measured(work: Callable[[], None], weight: torch.Tensor) -> dict[str, float]:
-    """The seconds that the work takes, and the rate of the memory, measured right after."""
+    """The "seconds" of `work`, and the memory's "read_rate" in bytes a second, measured right after on `weight`."""
 
     def seconds(work: Callable[[], object]) -> float:
         began = time.perf_counter()
@@ -61,12 +65,13 @@ def measured(work: Callable[[], None], weight: torch.Tensor) -> dict[str, float]
         return time.perf_counter() - began
 
     result = {"seconds": seconds(work)}
-    words = weight.detach().view(torch.float32)  # pairs of bf16: the reading is timed, not the adding
+    words = weight.detach().view(torch.float32)  # bf16 in pairs, so that reading takes the time, not adding
     read = min(seconds(words.sum) for _ in range(5))
     return result | {"read_rate": words.nbytes / read}
 
 
 def ours(job: Job) -> dict[str, Callable[[], dict]]:
+    """Our ways: one for each sampling."""
     model = place_model(Transformer(CONFIG), DEVICE).to(DTYPES[job.dtype]).eval()
     sharpen(model.output)
     prompts = job.prompts()
@@ -82,6 +87,7 @@ def ours(job: Job) -> dict[str, Callable[[], dict]]:
 
 
 def theirs(job: Job) -> dict[str, Callable[[], dict]]:
+    """Hugging Face's ways: one for each sampling and each cache. Prompts are padded on the left."""
     from transformers import CompileConfig
 
     model = hugging_face(CONFIG).to(DTYPES[job.dtype]).eval()
@@ -91,7 +97,7 @@ def theirs(job: Job) -> dict[str, Callable[[], dict]]:
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=DEVICE)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=DEVICE)
     compiled = CompileConfig(mode="default" if DEVICE.type == "cpu" else "reduce-overhead")
-    compiled._compile_all_devices = True  # else it compiles on GPUs alone
+    compiled._compile_all_devices = True  # without this it compiles only on GPUs
     caches = {
         "dynamic cache": {},
         "static cache, compiled": {"cache_implementation": "static", "compile_config": compiled},
@@ -116,7 +122,7 @@ def theirs(job: Job) -> dict[str, Callable[[], dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=4, help="prompts (default: 4)")
-    parser.add_argument("--new_tokens", type=int, default=128, help="tokens that each is continued by (default: 128)")
+    parser.add_argument("--new_tokens", type=int, default=128, help="new tokens for each prompt (default: 128)")
     fastest = dtype_name(fastest_dtype(DEVICE))
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=[fastest], help=f"of weights and cache (default: {fastest})"
@@ -128,12 +134,12 @@ def main() -> None:
         default=list(SAMPLING),
         help="how ids are chosen (default: both)",
     )
-    parser.add_argument("--turns", type=int, default=3, help="of each way (default: 3)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each way (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
     jobs = [Job(dtype, args.sampling, args.new_tokens, args.batch_size) for dtype in args.dtypes]
     workers = [Worker(make, job) for job in jobs for make in (ours, theirs)]
-    rows = take_turns(workers, args.turns + 1)  # the first compiles
+    rows = take_turns(workers, args.turns + 1)  # the first turn compiles
     result = medians({name: r[1:] for name, r in rows.items()})
     with torch.device("meta"):
         model = Transformer(CONFIG)

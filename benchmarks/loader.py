@@ -1,4 +1,4 @@
-"""The loader against reading whole shards: time to the first batch, tokens a second, memory, and the wait of a step.
+"""The loader against reading whole shards: time to the first batch, tokens a second, memory, a step's wait for data.
 
     python benchmarks/loader.py                               100 shards of a million tokens, a minute on a CPU
     python benchmarks/loader.py --shard_tokens 10_000_000     4 GB in the temporary folder
@@ -27,29 +27,32 @@ from model_utils import MixedPrecision, compile_blocks, place_model
 from optimizers import build_optimizers
 from shards import MANIFEST, SHARD_FORMAT_VERSION, SHARD_KEYS, TokenStream, shard_name
 
-FOLDER_VOCAB, MODEL_VOCAB = 128_256, 8192  # the folder's calls for 32-bit ids; those drawn fit the small model
+# FOLDER_VOCAB makes the shards hold 32-bit ids. The random ids are below MODEL_VOCAB, the small model's vocabulary.
+FOLDER_VOCAB, MODEL_VOCAB = 128_256, 8192
 
 
 def write_shards(root: Path, shards: int, tokens: int) -> None:
-    """Write `shards` training shards of random ids, a short validation shard, and the manifest."""
-    draw, listed = np.random.default_rng(0), []
+    """Write `shards` training shards of `tokens` random ids, a short validation shard, and the manifest."""
+    rng, described = np.random.default_rng(0), []
     for index in range(shards + 1):
-        ids = draw.integers(MODEL_VOCAB, size=tokens if index else 2048, dtype=np.uint32)
+        ids = rng.integers(MODEL_VOCAB, size=tokens if index else 2048, dtype=np.uint32)
         np.save(root / shard_name(index), ids)
         shard = {"file": shard_name(index), "split": "train" if index else "val", "tokens": len(ids)}
-        listed.append(dict.fromkeys(SHARD_KEYS, 0) | shard)
+        described.append(dict.fromkeys(SHARD_KEYS, 0) | shard)
     manifest = {"format_version": SHARD_FORMAT_VERSION, "vocab_size": FOLDER_VOCAB, "dtype": "uint32"}
-    manifest |= {"tokenizer_fingerprint": "", "documents": 0, "tokens": shards * tokens, "shards": listed}
+    manifest |= {"tokenizer_fingerprint": "", "documents": 0, "tokens": shards * tokens, "shards": described}
     (root / MANIFEST).write_text(json.dumps(manifest))
 
 
 def ours(root: Path, B: int, T: int) -> Iterator:
+    """Batches of our loader: inputs (B, T) and targets (B, T)."""
     stream = TokenStream(root, "train", vocab_size=FOLDER_VOCAB)
     windows = TrainWindows([stream], BatchLayout(T, B), seed=0)
     return windows.batches(0, 10**9, torch.device("cpu"))
 
 
 def whole_shards(root: Path, B: int, T: int) -> Iterator:
+    """Batches of the peer: inputs (B, T) and targets (B, T), without end."""
     while True:
         for path in sorted(root.glob("*_train_*.npy")):
             shard = torch.from_numpy(np.load(path).astype(np.int64))
@@ -62,17 +65,17 @@ LOADERS = {"ours": ours, "whole shards": whole_shards}
 
 
 def memory() -> dict[str, float]:
-    """MB of this process's own memory, and of mapped files, which the system may take back at any time."""
+    """MB of this process's own memory, and of its mapped files, which the system may take back at any time."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # Linux alone tells
+    except OSError:  # only Linux has this file
         return {"own": 0.0, "mapped": 0.0}
     kb = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
     return {"own": kb["RssAnon"] / 1e3, "mapped": kb["RssFile"] / 1e3}
 
 
 def measure_loaders(root: Path, B: int, T: int, batches: int, turns: int) -> dict[str, dict[str, float]]:
-    """Median figures of each loader."""
+    """Median figures of each loader over the turns: milliseconds, tokens a second, MB."""
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
     for _ in range(turns):
         for name, loader in LOADERS.items():
@@ -99,19 +102,17 @@ def measure_loaders(root: Path, B: int, T: int, batches: int, turns: int) -> dic
 
 
 def measure_waiting(root: Path, steps: int) -> dict[str, float]:
-    """Medians of a compiled training step of the small shape, 16 x 256 tokens: the whole step, and its wait."""
+    """Medians of compiled training steps of the small shape, 16 x 256 tokens: the whole step, its wait for data."""
     keep_freed_memory()  # as train.py does
     config, shape = ModelConfig(**SHAPES["small"], max_seq_len=256), (16, 256)
     model = place_model(Transformer(config), DEVICE)
     compile_blocks(model)
     optimizers = build_optimizers(model, ADAMW)
-    mixed, dtype = (
-        MixedPrecision(model, fastest_dtype(DEVICE), optimizers),
-        dtype_name(fastest_dtype(DEVICE)),
-    )
+    mixed = MixedPrecision(model, fastest_dtype(DEVICE), optimizers)
+    dtype = dtype_name(fastest_dtype(DEVICE))
     batches, waits = ours(root, *shape), []
 
-    def loss_of(*of_no_interest: torch.Tensor) -> torch.Tensor:
+    def loss_of(*unused: torch.Tensor) -> torch.Tensor:  # the loader's batch replaces make_update's random tokens
         began = time.perf_counter()
         x, y = next(batches)
         waits.append(time.perf_counter() - began)

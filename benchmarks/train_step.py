@@ -3,11 +3,11 @@
     python benchmarks/train_step.py                                   train.py's shape, 4 x 1,024 tokens: 20 minutes
     python benchmarks/train_step.py --shape small --batch_size 16 --seq_len 256
     python benchmarks/train_step.py --accumulation 4                  four micro-steps a step
-    python benchmarks/train_step.py --cold                            compile anew, not from the cache on the disk
+    python benchmarks/train_step.py --cold                            compile anew, without the cache on the disk
 
-Both models run in the dtype that this device multiplies fastest, uncompiled and compiled. Hugging Face's runs with SDPA
-and its own loss, in one graph. All use fused AdamW, and clip the gradient's norm at 1. They take turns. Figures are
-medians. The first step compiles, so it is a column of its own.
+Both models run in the dtype that this device multiplies fastest, uncompiled and compiled. Hugging Face's model runs
+with SDPA and its own loss, in one graph. Both use fused AdamW, and clip the gradient's norm at 1. The ways take turns.
+Figures are medians. The first step compiles, so it has a column of its own.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from model import ModelConfig, Transformer
 from model_utils import MixedPrecision, autocast, compile_blocks, flops_per_token, place_model
 from optimizers import build_optimizers
 
-# As train.py has it
+# The settings of train.py
 ADAMW = SimpleNamespace(optimizer="adamw", max_lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
@@ -37,9 +37,9 @@ def make_update(
     shape: tuple[int, int],
     accumulation: int,
 ) -> Callable[..., dict]:
-    """A function that does one update as train.py does, on random tokens. It returns the seconds it took.
+    """A function that does one update as train.py does, on random tokens. It returns the seconds of the update.
 
-    `losses` has, for each dtype, the loss as a function of tokens and targets.
+    `losses` has a function for each dtype: tokens and targets, each of `shape` (B, T) -> loss.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -50,7 +50,7 @@ def make_update(
                 tokens, targets = torch.randint(config.vocab_size, (2, *shape), device=DEVICE)
                 loss = losses[dtype](tokens, targets)
                 (loss / accumulation).backward()
-        loss.item()  # waits for a GPU
+        loss.item()  # waits until a GPU is done
         computed = time.perf_counter()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -64,7 +64,8 @@ def make_update(
 
 
 def ways(update: Callable[..., dict], name: str, dtypes: list[str], steps: int) -> dict[str, Callable[[], dict]]:
-    """Of `steps` updates the last counts. The others bring the memory to the state of a long run."""
+    """Two ways for each dtype: compiled and not. A turn does `steps` updates, and the last one counts. The updates
+    before it bring memory to the state of a long run."""
 
     def turn(dtype: str, stance: str) -> dict[str, float]:
         results = [update(dtype, stance) for _ in range(steps)]
@@ -78,6 +79,7 @@ def ways(update: Callable[..., dict], name: str, dtypes: list[str], steps: int) 
 
 
 def ours(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str], steps: int) -> dict:
+    """The ways of our model."""
     keep_freed_memory()  # as train.py does
     model = place_model(Transformer(config), DEVICE)
     compile_blocks(model)
@@ -89,6 +91,7 @@ def ours(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes:
 def theirs(
     config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str], steps: int, keep: bool
 ) -> dict:
+    """The ways of Hugging Face's model. `keep` turns on keep_freed_memory, which our model always has."""
     if keep:
         keep_freed_memory()
     model = hugging_face(config).train()
@@ -117,12 +120,12 @@ def main() -> None:
         nargs="+",
         choices=["float32", "bfloat16"],
         default=[dtype_name(fastest_dtype(DEVICE))],
-        help="of the matrix products (default: the one that this device multiplies fastest)",
+        help="dtypes of the matrix products (default: the one that this device multiplies fastest)",
     )
     parser.add_argument("--steps", type=int, default=2, help="steps a turn, of which the last counts (default: 2)")
     parser.add_argument("--turns", type=int, default=3, help="turns of each way (default: 3)")
     parser.add_argument("--peer_keeps_memory", action="store_true", help="hardware.keep_freed_memory for the peer too")
-    parser.add_argument("--cold", action="store_true", help="compile anew; else a build cached on the disk is taken")
+    parser.add_argument("--cold", action="store_true", help="compile anew, without the cache on the disk")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
     config = ModelConfig(**SHAPES[args.shape], max_seq_len=args.seq_len)
@@ -134,7 +137,7 @@ def main() -> None:
         if args.cold:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold
         workers = [Worker(ours, *job), Worker(theirs, *job, args.peer_keeps_memory)]
-        rows = take_turns(workers, args.turns + 1)  # the first compiles
+        rows = take_turns(workers, args.turns + 1)  # the first turn compiles
     result = medians({name: r[1:] for name, r in rows.items()})
     for name, row in result.items():
         row["first_step_seconds"] = rows[name][0]["first_step_seconds"]
