@@ -99,26 +99,21 @@ def local_rank() -> int:
 
 
 def local_device(name: str) -> torch.device:
-    """`pick_device(name)` for this process among those on its machine."""
-    return pick_device(name, local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """`pick_device(name)` for the place of this process. No process group works over Apple's mps, on any machine."""
+    return pick_device(name, (local_rank(), int(os.environ["LOCAL_WORLD_SIZE"])) if world_size() > 1 else None)
 
 
 # ---------------------------------------------------------------- refusals
 
+POSITIVE = ("total_batch_size", "batch_size", "max_steps", "log_every", "val_tokens", "keep_checkpoints")
+POSITIVE += ("generate_tokens",)
+NOT_NEGATIVE = ("val_every", "hellaswag_every", "generate_every", "save_every", "hellaswag_limit", "warmup_steps")
+NOT_NEGATIVE += ("seed", "profile")
+
 # Fields, what is true of a value that can be honoured, and the sentence for any other value.
 REFUSALS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (
-        ("total_batch_size", "batch_size", "max_steps", "log_every", "val_tokens", "keep_checkpoints"),
-        lambda value: value >= 1,
-        "must be at least 1",
-    ),
-    (("generate_tokens",), lambda value: value >= 1, "must be at least 1"),
-    (
-        ("val_every", "hellaswag_every", "generate_every", "save_every", "hellaswag_limit"),
-        lambda value: value >= 0,
-        "must be 0 or more",
-    ),
-    (("warmup_steps", "seed", "profile"), lambda value: value >= 0, "must be 0 or more"),
+    (POSITIVE, lambda value: value >= 1, "must be at least 1"),
+    (NOT_NEGATIVE, lambda value: value >= 0, "must be 0 or more"),
     (
         ("max_lr", "muon_lr", "grad_clip", "weight_decay", "temperature"),
         lambda value: 0 <= value < math.inf,

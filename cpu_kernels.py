@@ -26,7 +26,10 @@ class FewRowsLinear(nn.Linear):
 
 
 def install(model: nn.Module) -> None:
-    """Give the plain linear layers of `model` the forward pass above. Their parameters stay the same objects."""
+    """Give the plain linear layers of `model` the forward pass above. Their parameters stay the same objects.
+
+    Do not move the model to a GPU afterwards: there this forward pass is slower.
+    """
     for module in model.modules():
         if type(module) is nn.Linear and module.bias is None:
             module.__class__ = FewRowsLinear

@@ -1,4 +1,5 @@
-"""The same numbers as model.py's plain layers, with less memory on CUDA. Whoever runs a model on CUDA calls `install`.
+"""The same numbers as model.py's plain layers, with less memory on a GPU. Whoever runs a model on CUDA or mps calls
+`install`.
 
 Shape letters: B batch, T queries, S keys, H query heads, G key/value heads, K width of a head.
 """

@@ -25,9 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shards import TokenStream
-
-BLOCK = 1000  # windows in a row of a mixture that hold each folder's quota exactly
+from shards import BLOCK, TokenStream
 
 
 @dataclass(frozen=True)

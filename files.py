@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -50,21 +50,30 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+class FolderLocked(Exception):
+    """Another process holds the lock of a folder."""
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Make `folder` and lock it against other processes that ask for this lock. At the end an empty folder is removed.
 
     Raises:
-        filelock.Timeout: another process holds the lock.
+        FolderLocked: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
+    lock = FileLock(path, timeout=0)
     try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise FolderLocked(f"{folder}: locked by another process") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            lock.release()
     finally:
         if not any(folder.iterdir()):
             folder.rmdir()

@@ -10,17 +10,18 @@ import torch
 # ---------------------------------------------------------------- device
 
 
-def pick_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """The device of the process number `local_rank` of the `local_world_size` processes on this machine.
+def pick_device(name: str, place: tuple[int, int] | None = None) -> torch.device:
+    """The device of this process.
 
     Args:
-        name: cpu, cuda, cuda:N, mps, or auto for the first of CUDA, Apple's mps and the CPU that is there. Several
-            processes share out the GPUs by their numbers.
+        name: cpu, cuda, cuda:N, mps, or auto for the first of CUDA, Apple's mps and the CPU that is there.
+        place: the number of this process among those on its machine, and how many they are; None if it trains alone.
+            Processes that train together take the GPU of their own number.
 
     Raises:
         ValueError: this machine has no such device. The message names the cure.
     """
-    alone = local_world_size == 1
+    alone = place is None
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
     try:
@@ -29,13 +30,13 @@ def pick_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> to
         raise ValueError(f"device={name}: name auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda":
         # All processes check the largest number, because the process that prints must see the error too.
-        largest = (device.index or 0) if alone else local_world_size - 1
+        largest = (device.index or 0) if alone else place[1] - 1
         if largest >= torch.cuda.device_count():
             raise ValueError(
                 f"device={name}: GPU {largest} was asked for and {torch.cuda.device_count()} are visible; "
                 "start fewer processes, or pass --device cpu"
             )
-        return torch.device("cuda", largest if alone else local_rank)
+        return torch.device("cuda", largest if alone else place[0])
     if device.type == "mps" and not (alone and torch.backends.mps.is_available()):
         raise ValueError(f"device={name}: needs an Apple GPU and a single process; pass --device cpu")
     if device.type not in ("cpu", "mps"):

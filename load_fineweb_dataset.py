@@ -25,10 +25,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from filelock import Timeout
 from tqdm import tqdm
 
-from files import atomic_write, check_free_space, lock_folder
+from files import FolderLocked, atomic_write, check_free_space, lock_folder
 from shards import (
     MANIFEST,
     SHARD_FORMAT_VERSION,
@@ -102,15 +101,16 @@ def prepare(
         with lock_folder(out_dir):
             if is_prepared(out_dir):  # the run that held the lock before has finished the folder
                 return _read_json(out_dir / MANIFEST, recipe)
-            manifest = _write_shards(opened, out_dir, tokenizer, recipe, num_proc, show_progress)
+            try:
+                manifest = _write_shards(opened, out_dir, tokenizer, recipe, num_proc, show_progress)
+            except UnicodeDecodeError as error:  # a parquet file's bytes are not decoded before `tokenize`
+                raise SourceError(f"{opened.name}: not UTF-8 ({error.reason}); replace the file") from error
             with atomic_write(out_dir / MANIFEST, "w") as file:
                 json.dump(manifest, file, indent=1)
             (out_dir / PROGRESS).unlink(missing_ok=True)
             return manifest
-    except Timeout as error:
+    except FolderLocked as error:
         raise SourceError(f"{out_dir}: another run is preparing it; wait for its end") from error
-    except UnicodeDecodeError as error:  # a parquet file's bytes are not decoded before `tokenize`
-        raise SourceError(f"{opened.name}: not UTF-8 ({error.reason}); replace the file") from error
 
 
 @dataclass

@@ -88,7 +88,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropies (N,), in nats and float32, of hidden states x (N, D) against targets (N,); 0 where IGNORED."""
     check_targets(targets, len(weight))
     dtype = product_dtype(x)
-    losses = [
+    losses = [x.new_empty(0, dtype=torch.float32)] + [
         F.cross_entropy(logits.float(), targets[chunk], reduction="none", ignore_index=IGNORED)
         for chunk, logits in logit_slices(x.to(dtype), weight.to(dtype))
     ]
@@ -118,7 +118,7 @@ def logit_slices(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
-    """total += a @ b in float32, where `total` is float32. The first product overwrites."""
+    """Add a @ b, a product in the dtype of a, to `total` in float32. The first product overwrites `total`."""
     if a.dtype == torch.float32:
         total.addmm_(a, b, beta=0 if is_first else 1)
     elif is_first:

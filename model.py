@@ -225,7 +225,7 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: more tokens than max_seq_len; or both positions and a cache, which counts its own.
-            IndexError: a target is neither an id nor -100.
+            IndexError: a target is neither an id nor -100. (On CUDA a device assertion fails instead.)
         """
         x = self.hidden(tokens, positions=positions, cache=cache, start=start)
         return self.output(x) if targets is None else self.loss(x, self.output.weight, targets)

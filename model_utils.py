@@ -115,8 +115,7 @@ class StopSignal:
 
 def place_model(model: Transformer, device: torch.device) -> Transformer:
     """Move `model` to `device`, and put in the kernels that are faster there. The numbers stay the same."""
-    if device.type in ("cpu", "cuda"):
-        (cpu_kernels if device.type == "cpu" else cuda_kernels).install(model)
+    (cpu_kernels if device.type == "cpu" else cuda_kernels).install(model)
     return model.to(device)
 
 
@@ -125,8 +124,8 @@ def wrap_model(
 ) -> nn.Module:
     """`model` compiled, in mixed precision, and with its gradients averaged over the processes, in this order.
 
-    The result trains the parameters of `model`, so load a checkpoint into `model` first. Nothing but this function and
-    TrainState (checkpoints.py) assumes that every process holds all parameters.
+    The result trains the parameters of `model`, so load a checkpoint into `model` first. Sharding over the processes
+    would come here, before compiling.
     """
     if cfg.compile is True or (cfg.compile == "auto" and can_compile(process.device, process.print)):
         compile_blocks(model)
@@ -168,7 +167,8 @@ class MixedPrecision(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._casts is None:
-            self._casts = cast_weights(self.model, self.dtype)
+            with torch.enable_grad():  # a later forward pass may need gradients, even if this one does not
+                self._casts = cast_weights(self.model, self.dtype)
         with autocast(self.model.output.weight.device, self.dtype):
             return functional_call(self.model, self._casts, args, kwargs, tie_weights=False)
 
@@ -179,7 +179,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def cast_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The blocks' matrices by name, in `dtype`. Gradients flow back through them to the parameters (not under no_grad).
+    """The blocks' matrices by name, in `dtype`. Gradients flow back through them to the parameters.
 
     The embedding is a look-up and needs no cast. The gradient of the output layer is summed in float32, so the loss
     casts that matrix itself.

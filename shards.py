@@ -7,6 +7,7 @@ manifest is written last, so a folder with a manifest is complete.
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from hashlib import sha256
@@ -28,7 +29,8 @@ SHARD_KEYS = ("file", "split", "sha256", *COUNTS)
 # fraction of a second. It compares the other ids when it reads them.
 CHECKED_TOKENS = 2**26
 
-BLOCK_IDS = 2**22  # ids that are read at once where a whole shard is looked at
+IDS_AT_ONCE = 2**22  # where a whole shard is read
+BLOCK = 1000  # windows in a row of a mixture that hold the quota of each folder; see dataloaders.py
 
 
 # ---------------------------------------------------------------- layout
@@ -49,8 +51,8 @@ def is_prepared(data_root: str | Path) -> bool:
     return (Path(data_root) / MANIFEST).is_file()
 
 
-def read_manifest(folder: str | Path) -> dict:
-    """The manifest of a prepared folder.
+def read_manifest(folder: str | Path, flags: str = "") -> dict:
+    """The manifest of a prepared folder. `flags` are those that would prepare it, besides --out_dir.
 
     Raises:
         FileNotFoundError: there is no manifest.
@@ -58,7 +60,8 @@ def read_manifest(folder: str | Path) -> dict:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found, so {folder} is not a prepared data folder")
+        command = f"python load_fineweb_dataset.py --out_dir {folder}{flags}"
+        raise FileNotFoundError(f"{path}: not found, so {folder} is not a prepared folder; `{command}` prepares it")
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format_version"]
@@ -80,6 +83,12 @@ def read_manifest(folder: str | Path) -> dict:
     if dtype != due:
         raise ValueError(f"{path}: dtype {dtype} where {due} is due for {vocab_size} ids; prepare the folder anew")
     return manifest
+
+
+def count_ids(ids: np.ndarray, bos_id: int, byte_lengths: np.ndarray) -> dict[str, int]:
+    """What the manifest counts, of some ids. A document counts where it begins."""
+    documents, text_bytes = np.count_nonzero(ids == bos_id), byte_lengths.take(ids).sum(dtype=np.int64)
+    return {"tokens": len(ids), "documents": int(documents), "text_bytes": int(text_bytes)}
 
 
 # ---------------------------------------------------------------- writer
@@ -114,10 +123,9 @@ class ShardWriter:
             self._digest = sha256()
             self._write(self._header(self.shard_size))
             self._shard = {"file": name, "split": "train" if self.shards else "val"}
-            self._shard |= {"tokens": 0, "documents": 0, "text_bytes": 0}
+            self._counts = Counter(dict.fromkeys(COUNTS, 0))
         self._write(np.ascontiguousarray(ids).data)
-        self._shard["documents"] += int(np.count_nonzero(ids == self.bos_id))  # a shard counts the documents it begins
-        self._shard["text_bytes"] += int(self.byte_lengths.take(ids).sum(dtype=np.int64))
+        self._counts.update(count_ids(ids, self.bos_id, self.byte_lengths))
         self.filled += len(ids)
         if self.filled == self.shard_size:
             self._end(self._digest.hexdigest())
@@ -152,7 +160,7 @@ class ShardWriter:
 
     def _end(self, digest: str) -> None:
         self._open.close()  # the file reaches the disk and takes its name
-        self.shards.append({**self._shard, "tokens": self.filled, "sha256": digest})
+        self.shards.append({**self._shard, **self._counts, "sha256": digest})
         self.filled = 0
 
 
@@ -167,7 +175,7 @@ class TokenStream:
         split: "train" or "val".
         vocab_size: ids of the model. The folder must have the same number.
         fingerprint: `Tokenizer.fingerprint` that the folder must have been written with. None skips that check.
-        quota: how many windows of every 1,000 come from this folder, where dataloaders.py mixes several.
+        quota: how many windows of every BLOCK come from this folder, where dataloaders.py mixes several.
 
     Raises:
         FileNotFoundError, ValueError: the folder is not prepared, does not fit, or is damaged. The message names the
@@ -175,15 +183,11 @@ class TokenStream:
     """
 
     def __init__(
-        self, data_root: str | Path, split: str, *, vocab_size: int, fingerprint: str | None = None, quota: int = 1000
+        self, data_root: str | Path, split: str, *, vocab_size: int, fingerprint: str | None = None, quota: int = BLOCK
     ):
         self.root, self.quota = Path(data_root), quota
         path = self.root / MANIFEST
-        try:
-            self.manifest = read_manifest(self.root)
-        except FileNotFoundError as error:
-            command = f"python load_fineweb_dataset.py --out_dir {self.root} --vocab_size {vocab_size}"
-            raise FileNotFoundError(f"{error}; `{command}` prepares it") from None
+        self.manifest = read_manifest(self.root, f" --vocab_size {vocab_size}")
         folder_vocab = self.manifest["vocab_size"]
         if folder_vocab != vocab_size:
             raise ValueError(
@@ -258,8 +262,8 @@ class TokenStream:
 def id_blocks(path: Path) -> Iterator[np.ndarray]:
     """The ids of a shard, a block at a time."""
     ids = np.load(path, mmap_mode="r")
-    for start in range(0, len(ids), BLOCK_IDS):
-        yield np.asarray(ids[start : start + BLOCK_IDS])
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        yield np.asarray(ids[start : start + IDS_AT_ONCE])
 
 
 # ---------------------------------------------------------------- check
@@ -305,15 +309,13 @@ def verify(folder: str | Path) -> str:
 def _recount(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
     """Tokens, documents and bytes of text of a shard. Raises ValueError for ids that the tokenizer cannot have made."""
     dtype, byte_lengths = token_dtype(tokenizer.vocab_size), tokenizer.token_byte_lengths().astype(np.uint8)
-    counted = dict.fromkeys(COUNTS, 0)
+    counted = Counter(dict.fromkeys(COUNTS, 0))
     if np.load(path, mmap_mode="r").dtype != dtype:
         raise ValueError(f"its ids are not {dtype}")
     for ids in id_blocks(path):
         if (largest := ids.max()) >= tokenizer.vocab_size:
             raise ValueError(f"id {largest} is outside the vocabulary of {tokenizer.vocab_size}")
-        counted["tokens"] += len(ids)
-        counted["documents"] += int(np.count_nonzero(ids == tokenizer.bos_id))
-        counted["text_bytes"] += int(byte_lengths.take(ids).sum(dtype=np.int64))
+        counted.update(count_ids(ids, tokenizer.bos_id, byte_lengths))
     return counted
 
 

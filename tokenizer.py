@@ -148,6 +148,10 @@ class Tokenizer:
 
     def token_byte_lengths(self) -> np.ndarray:
         """Number of bytes of each id, (V,) int64; 0 for control ids. Converts nats a token to bits a byte."""
+        return self._byte_lengths
+
+    @cached_property
+    def _byte_lengths(self) -> np.ndarray:
         return np.array([len(token) for token in self._text_tokens] + [0] * NUM_SPECIAL_TOKENS)
 
 

@@ -176,8 +176,8 @@ def train(cfg: Config, process: Process) -> int:
         check_finite(step, {f"loss on rank {rank}": value for rank, value in enumerate(losses)}, out_dir)
         check_finite(step, {"gradient": grad_norm.item()}, out_dir)
         row = {"train_loss": sum(losses) / len(losses), "lr": factor * cfg.max_lr, "grad_norm": grad_norm.item()}
-        records.training(step, seconds, row)
         profiler.step()
+        records.training(step, seconds, row)
 
         # ---- along the way
         last, val_loss = step == cfg.max_steps, math.inf
@@ -306,7 +306,7 @@ def main() -> int:
         print(f"train.py: {str(error).splitlines()[0]} Halve --batch_size; the update stays the same", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        if local_rank() == 0:
+        if process.is_main if process else local_rank() == 0:
             print("train.py: interrupted outside of a training step; what was saved before is whole", file=sys.stderr)
         return 130
     if torch.distributed.is_initialized():

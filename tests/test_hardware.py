@@ -60,6 +60,18 @@ def test_several_processes_on_a_mac_share_the_cpu(gpus, monkeypatch):
         pick_device("mps")
 
 
+def test_processes_on_several_machines_take_the_device_of_their_place(gpus, monkeypatch):
+    """Each machine has one process. They train together all the same."""
+    set_ranks(monkeypatch, 0, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    gpus(0, mps=True)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device=mps"):
+        pick_device("mps")
+    gpus(8)
+    assert pick_device("cuda:3") == torch.device("cuda", 0)
+
+
 @pytest.mark.parametrize(
     ("name", "count", "cure"),
     [

@@ -168,3 +168,7 @@ def test_a_target_that_is_no_id_is_refused_with_gradients_and_without(target, wi
     targets[1, 3] = target
     with torch.set_grad_enabled(with_gradients), pytest.raises(IndexError, match=rf"0 to 100, or -100.*found {target}"):
         model(random_tokens(2, 8), targets)
+
+
+def test_no_tokens_have_no_losses():
+    assert token_losses(torch.zeros(0, 8), torch.zeros(16, 8), torch.zeros(0, dtype=torch.int64)).shape == (0,)

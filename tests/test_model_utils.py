@@ -185,6 +185,15 @@ def test_a_wrapped_model_trains_the_parameters_of_the_bare_one():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_a_forward_pass_without_gradients_spoils_no_later_one():
+    model, tokens = Transformer(TINY), torch.randint(512, (2, 16))
+    mixed = MixedPrecision(model, torch.bfloat16, [])
+    with torch.no_grad():
+        mixed(tokens, tokens)
+    mixed(tokens, tokens).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 # ---------------------------------------------------------------- records
 
 
