@@ -100,7 +100,8 @@ def local_rank() -> int:
 
 def local_device(name: str) -> torch.device:
     """`pick_device(name)` for the place of this process. No process group works over Apple's mps, on any machine."""
-    return pick_device(name, (local_rank(), int(os.environ["LOCAL_WORLD_SIZE"])) if world_size() > 1 else None)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return pick_device(name, (local_rank(), local_world_size) if world_size() > 1 else None)
 
 
 # ---------------------------------------------------------------- refusals
