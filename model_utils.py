@@ -72,11 +72,15 @@ def sum_over_processes(values: list[float], device: torch.device) -> list[float]
     return total.tolist()
 
 
+class RankZeroFailed(Exception):
+    """What rank zero did for all has failed there. Rank zero says why."""
+
+
 def run_on_rank_zero(work: Callable[[], Any], process: Process) -> None:
     """Do `work` on rank zero while the other ranks wait. If it fails there, all ranks end.
 
     Raises:
-        Exception: what `work` raised, on rank zero. SystemExit(1) on the other ranks.
+        Exception: what `work` raised, on rank zero. RankZeroFailed on the other ranks.
     """
     failure = None
     if process.is_main:
@@ -86,7 +90,7 @@ def run_on_rank_zero(work: Callable[[], Any], process: Process) -> None:
             failure = error
     [failed] = sum_over_processes([float(failure is not None)], process.device)
     if failed:
-        raise failure or SystemExit(1)
+        raise failure or RankZeroFailed
 
 
 def share_loss_and_stop(loss: float, stop: int, process: Process) -> tuple[list[float], int]:

@@ -29,6 +29,7 @@ from load_hellaswag_dataset import write_sample
 from model import ModelConfig, Transformer, document_positions
 from model_utils import (
     Process,
+    RankZeroFailed,
     Records,
     StopSignal,
     place_model,
@@ -301,6 +302,8 @@ def main() -> int:
         # a rank may fail alone, so each prints its own.
         if local_rank() == 0 or process:
             print(f"train.py{f' [rank {process.rank}]' if process and process.rank else ''}: {error}", file=sys.stderr)
+        return 1
+    except RankZeroFailed:
         return 1
     except torch.OutOfMemoryError as error:
         print(f"train.py: {str(error).splitlines()[0]} Halve --batch_size; the update stays the same", file=sys.stderr)
