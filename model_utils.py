@@ -156,7 +156,8 @@ class MixedPrecision(nn.Module):
     """Runs a model under autocast to `dtype`. Its parameters, their gradients and their updates stay float32.
 
     Autocast alone would cast the blocks' matrices in every micro-step. Here they are cast once an update: the casts of
-    the first micro-step serve until one of the `optimizers` has made its step.
+    the first micro-step serve until one of the `optimizers` has made its step. Load weights before the first forward
+    pass: a change by anything but these optimizers is not seen.
     """
 
     def __init__(self, model: Transformer, dtype: torch.dtype, optimizers: Sequence[torch.optim.Optimizer]):
