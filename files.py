@@ -1,12 +1,14 @@
-"""Files that matter are written whole or not at all. Also: digests, free space, and a lock for a folder."""
+"""Files that matter are written whole or not at all. Also: digests, free space, locks, and output of any text."""
 
 import errno
 import hashlib
+import io
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -54,13 +56,20 @@ class FolderLocked(Exception):
     """Another process holds the lock of a folder."""
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # the errors of a file system that offers no locks
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and lock it against other processes that ask for this lock. At the end an empty folder is removed.
+    """Make `folder` and lock it against other processes that ask for this lock.
+
+    If this call made the folder and the folder is empty at the end, it is removed.
 
     Raises:
         FolderLocked: another process holds the lock.
+        OSError: the folder cannot be made, or its file system offers no locks.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     lock = FileLock(path, timeout=0)
@@ -69,14 +78,26 @@ def lock_folder(folder: Path) -> Iterator[None]:
             lock.acquire()
         except Timeout as error:
             raise FolderLocked(f"{folder}: locked by another process") from error
+        except (OSError, NotImplementedError) as error:  # NotImplementedError: ENOSYS, in older versions of filelock
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            if made:  # so the lock file is our own
+                path.unlink(missing_ok=True)
+            raise OSError(
+                f"{folder}: its file system offers no locks ({error}); choose another folder, on a local disk"
+            ) from error
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            # Remove the file while it is locked: after the release it could be another process's. Windows refuses to
+            # remove an open file. There, release() removes it.
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)
             lock.release()
     finally:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        if made:
+            with suppress(OSError):  # the folder is not empty
+                folder.rmdir()
 
 
 def check_free_space(needed: Iterable[tuple[Path, int]]) -> None:
@@ -95,6 +116,20 @@ def check_free_space(needed: Iterable[tuple[Path, int]]) -> None:
             raise OSError(
                 errno.ENOSPC, f"needs {bytes_needed[device]:,} bytes, and the disk has {free:,}; make room", str(folder)
             )
+
+
+def allow_any_text_in_output() -> None:
+    """Let standard output and standard error take every character. Call this at the start of a script.
+
+    A terminal or a pipe may have an encoding with few characters (cp1252, latin-1, ASCII). By default a print of any
+    other character is an error, and would end the script. Standard output shows "?" for it, because a text stays easy
+    to read so. Standard error shows its escape (\\u6771), because the name of a file stays exact so.
+    """
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # not so where there is no terminal, or where a notebook took its place
+            stream.reconfigure(errors=errors)
 
 
 if __name__ == "__main__":
