@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from files import allow_any_text_in_output
 from hardware import pick_device
 from model import KVCache, Transformer
 from model_utils import load_model
@@ -130,6 +131,7 @@ def complete(
 
 
 def main() -> int:
+    allow_any_text_in_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a .pt file, or a run directory for its newest checkpoint")
     parser.add_argument("--prompt", required=True, help="text to continue")

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from files import allow_any_text_in_output
 from hardware import fastest_dtype, keep_freed_memory, pick_device
 from loss import token_losses
 from model import Transformer
@@ -253,6 +254,7 @@ def as_metrics(counts: list[float]) -> dict:
 
 
 def main() -> int:
+    allow_any_text_in_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a .pt file, or a run directory for its newest checkpoint")
     parser.add_argument("--data", required=True, help="a jsonl file in HellaSwag's format")

@@ -269,7 +269,7 @@ class MetricsLog:
         if is_main:
             kept = []
             if self.path.is_file():
-                for line in self.path.read_text().splitlines():
+                for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                     try:
                         if json.loads(line)["step"] <= last_step:
                             kept.append(line + "\n")
@@ -277,7 +277,7 @@ class MetricsLog:
                         pass  # a kill cut this line short
             with atomic_write(self.path, "w") as file:
                 file.writelines(kept)
-            self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+            self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def write(self, row: dict) -> None:
         """Append `row`. An error of Weights & Biases ends its part alone."""

@@ -21,7 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from files import atomic_write
+from files import allow_any_text_in_output, atomic_write
 
 Point = tuple[float, float]  # tokens trained on, value
 
@@ -375,6 +375,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> None:
 
 
 def main() -> int:
+    allow_any_text_in_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="out_dir of a run of train.py")
     parser.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first RUN_DIR)")

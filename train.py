@@ -24,6 +24,7 @@ from checkpoints import TrainState, checkpoints_in, save_checkpoint
 from config import Config, local_device, local_rank, read_config, world_size
 from dataloaders import BLOCK, BatchLayout, TrainWindows, open_streams
 from evaluation import draw_samples, score_hellaswag, validate
+from files import allow_any_text_in_output
 from load_fineweb_dataset import prepare
 from load_hellaswag_dataset import write_sample
 from model import ModelConfig, Transformer, document_positions
@@ -292,6 +293,7 @@ def check_finite(step: int, figures: dict[str, float], out_dir: Path) -> None:
 
 def main() -> int:
     """Read the flags, train, and turn errors into a sentence and an exit status."""
+    allow_any_text_in_output()
     process = None
     try:
         cfg = read_config(sys.argv[1:], ORIGINAL, SAMPLE, description=__doc__)

@@ -1,5 +1,6 @@
 """generate.py: compared with Hugging Face's, with nuclei worked out by hand, and run as a user types it."""
 
+import io
 import math
 import os
 import subprocess
@@ -503,6 +504,17 @@ def test_a_prompt_whose_bytes_are_not_utf8_is_continued(run_dir, in_process):
     status, out, _ = in_process("--checkpoint", run_dir, "--prompt", "a\udcffb", "--max_new_tokens", 2)
     assert status == 0
     assert out.startswith("a\ufffdb")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark(run_dir, monkeypatch, encoding):
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    arguments = ["--checkpoint", str(run_dir), "--prompt", "in 東京", "--max_new_tokens", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    assert script.main() == 0
+    out.flush()
+    assert out.buffer.getvalue().startswith(b"in ??")
 
 
 def test_a_prompt_longer_than_the_context_is_refused_in_one_sentence(run_dir, in_process):

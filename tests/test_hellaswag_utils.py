@@ -1,3 +1,4 @@
+import io
 import itertools
 import json
 import sys
@@ -468,6 +469,14 @@ def test_a_missing_or_damaged_file_gives_one_sentence_and_status_1(
     (line,) = captured.err.splitlines()
     assert line.startswith("hellaswag_utils.py: ")
     assert str(path) in line
+
+
+def test_a_file_is_named_in_a_terminal_that_lacks_its_characters(monkeypatch, tmp_path, checkpoint):
+    err = io.TextIOWrapper(io.BytesIO(), "cp1252", errors="strict")
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(monkeypatch, "--checkpoint", checkpoint, "--data", tmp_path / "東京.jsonl") == 1
+    err.flush()
+    assert b"\\u6771\\u4eac.jsonl" in err.buffer.getvalue()
 
 
 @pytest.mark.parametrize("flag", ["--limit", "--batch_tokens"])

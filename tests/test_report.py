@@ -1,5 +1,7 @@
+import io
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
@@ -452,6 +454,26 @@ def test_the_command_line_writes_the_page_and_the_curve(run, tmp_path, monkeypat
     assert call(monkeypatch, other, run, "--out", tmp_path / "new" / "two.html") == 0
     assert table_of(ET.parse(tmp_path / "new" / "two.html"))[0] == ["", "other", "one"]
     assert not (other / "report.html").exists()
+
+
+def test_a_folder_whose_name_is_no_text_has_its_page_and_its_curve(tmp_path, monkeypatch):
+    run = write_run(tmp_path / os.fsdecode("東京".encode() + b"\xff"), rows_of(9))
+    assert call(monkeypatch, run, "--out", run / "report.html", "--svg", run / "loss.svg") == 0
+    assert "東京\N{REPLACEMENT CHARACTER}" in (run / "report.html").read_text(encoding="utf-8")
+    assert ET.parse(run / "loss.svg")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_help_and_errors_are_shown_in_any_encoding(tmp_path, monkeypatch, encoding):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert call(monkeypatch, tmp_path / "東京") == 1
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--help")
+    out.flush(), err.flush()
+    assert b"RUN_DIR" in out.buffer.getvalue()
+    assert b"\\u6771\\u4eac" in err.buffer.getvalue()
 
 
 @pytest.mark.parametrize("flags", [[], ["--svg", "loss.svg"], ["--svg", "loss.svg", "--out", "page.html"]])

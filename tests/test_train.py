@@ -133,20 +133,25 @@ def flags_for(tiny_corpus, tmp_path_factory):
     return flags
 
 
-def train_here(flags: list[str]) -> Result:
+def train_in_these_streams(flags: list[str]) -> int:
     """Run train.main() in this process. It reads sys.argv and handles two signals. Restore both afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     argv, sys.argv = sys.argv, [str(TRAIN), *flags]
-    out, err = io.StringIO(), io.StringIO()
     try:
-        with redirect_stdout(out), redirect_stderr(err):
-            status = train.main()
+        return train.main()
     except SystemExit as end:  # the parser of the command line raises it
-        status = end.code
+        return end.code
     finally:
         sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def train_here(flags: list[str]) -> Result:
+    """Run train.main() in this process, and catch its output."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = train_in_these_streams(flags)
     return Result(status, out.getvalue(), err.getvalue())
 
 
@@ -979,6 +984,20 @@ def test_compiled_run_has_the_losses_of_the_uncompiled_one(flags_for, tmp_path):
         assert result.status == 0, result.err
     for row, other in zip(rows_of(tmp_path / "True"), rows_of(tmp_path / "False"), strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_output_in_a_code_page_takes_the_samples_and_any_name(flags_for, tmp_path, encoding):
+    """The first sample that this encoding cannot show would end the run, hours after its start."""
+    out_dir = tmp_path / os.fsdecode("東京".encode() + b"\xff")  # the last byte is no text: Python shows a surrogate
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    with redirect_stdout(out), redirect_stderr(err):
+        status = train_in_these_streams(flags_for(out_dir, max_steps=2, generate_every=2, prompts=["東京"]))
+        sys.stdout.flush()
+    assert status == 0
+    assert "??" in out.buffer.getvalue().decode(encoding)
+    assert "東京" in (out_dir / "samples.txt").read_text(encoding="utf-8")
+    assert (out_dir / "report.html").is_file()
 
 
 # ---------------------------------------------------------------- the sample, when no data was prepared
