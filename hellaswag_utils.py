@@ -22,6 +22,7 @@ Shape letters: B rows of a batch, T tokens of its longest row, N tokens to score
 """
 
 import argparse
+import codecs
 import json
 import math
 import re
@@ -62,18 +63,25 @@ class Example:
 def iterate_rows(path: str | Path, style: str = "gpt2") -> Iterator[dict]:
     """Yield the rows of a jsonl file in HellaSwag's format. Each row has the fields that `style` reads.
 
+    Blank lines and a byte order mark at the beginning are skipped.
+
     Raises:
         OSError: the file cannot be read.
         ValueError: a line is not such a row. The message names the file and the line.
     """
     with open(path, "rb") as file:  # json.loads decodes each line, so the try below also catches a decoding error
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)  # some editors write this mark
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 valid = all(isinstance(row[name], str) for name in STYLES[style]) and isinstance(row["endings"], list)
                 valid = valid and all(isinstance(ending, str) for ending in row["endings"])
                 valid = valid and int(row["label"]) in range(len(row["endings"]))
-            except (ValueError, KeyError, TypeError, OverflowError):  # OverflowError: a label of Infinity
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                # OverflowError: a label of Infinity. RecursionError: lists nested deeper than the parser goes.
                 valid = False
             if not valid:
                 needed = ", ".join((*STYLES[style], "endings", "label"))

@@ -134,8 +134,8 @@ def without(field):
 @pytest.mark.parametrize(
     "line",
     [
-        "",
         "{",
+        "[" * 100_000,  # deeper than the parser goes
         "null",
         "[1, 2]",
         '"ctx endings label"',
@@ -167,6 +167,18 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line):
     assert str(error.value).startswith(f"{path}, line 3: ")
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path, end, mark):
+    """Editors and Windows programs leave these. Blank lines count where a broken line is named by its number."""
+    path, line = tmp_path / "a.jsonl", json.dumps(ROW).encode()
+    path.write_bytes(mark + end.join([line, b"", line, b" \t", b""]))
+    assert list(iterate_rows(path)) == [ROW, ROW]
+    path.write_bytes(mark + end.join([b"", b"", line, b"", line[:-1], b""]))
+    with pytest.raises(ValueError, match="line 5: "):
+        list(iterate_rows(path))
+
+
 def test_a_row_becomes_ids_and_the_space_belongs_to_the_ending(tokenizer):
     example = render(ROW, tokenizer)
     assert example.context == [tokenizer.bos_id, *tokenizer.encode("A cat")]
@@ -186,9 +198,11 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(tmp_path, tokenizer):
         load_examples(path, tokenizer)
 
 
-def test_a_file_without_rows_is_refused(tmp_path, tokenizer):
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"], ids=["empty", "blank", "byte order mark"])
+def test_a_file_without_rows_is_refused(tmp_path, tokenizer, content):
+    (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(ValueError) as error:
-        load_examples(write_rows(tmp_path / "a.jsonl", []), tokenizer)
+        load_examples(tmp_path / "a.jsonl", tokenizer)
     assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}: holds no rows; ")
 
 
