@@ -30,14 +30,19 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_synced(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
             error.strerror, error.filename = f"{error.strerror}; make room", str(path)
         raise
-    if os.name == "posix":  # sync the rename itself too; Windows cannot open folders
-        folder = os.open(path.parent, os.O_RDONLY)
+
+
+def replace_synced(source: Path, target: Path) -> None:
+    """Rename a file, which must be on the disk already, and sync the rename too."""
+    os.replace(source, target)
+    if os.name == "posix":  # Windows cannot open folders
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

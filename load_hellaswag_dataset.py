@@ -20,9 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from files import atomic_write, sha256_of
-from load_fineweb_dataset import SAMPLE_ROOT, SAMPLE_VOCAB_SIZE, prepare
+from hub import GONE, error_reason, http_status, reach_hub
+from load_fineweb_dataset import SAMPLE_ROOT, SAMPLE_VOCAB_SIZE
+from preparation import prepare
+from rows import SourceError
 from shards import TokenStream
-from sources import SourceError, error_reason, http_status, reach_hub
 from tokenizer import Tokenizer
 
 REPOSITORY = "Rowan/hellaswag"
@@ -32,7 +34,6 @@ HUB_SHA256 = "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"
 OLD_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # of hellaswag_val.jsonl on GitHub
 NUM_ROWS = 10_042
 FILE_NAME = "hellaswag_val.jsonl"
-GONE = (401, 403, 404, 451)  # statuses of a hub that answers, but does not give the file
 SAMPLE_FILE_NAME = "sample_continuations.jsonl"
 SAMPLE_ROWS = 200
 

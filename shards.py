@@ -7,6 +7,7 @@ manifest is written last, so a folder with a manifest is complete.
 
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from files import atomic_write, sha256_of
+from files import atomic_write, replace_synced, sha256_of
 from tokenizer import Tokenizer
 
 SHARD_FORMAT_VERSION = 1
@@ -24,6 +25,7 @@ MANIFEST = "manifest.json"
 MANIFEST_KEYS = ("vocab_size", "dtype", "tokenizer_fingerprint", "documents", "tokens", "shards")
 COUNTS = ("tokens", "documents", "text_bytes")  # what the manifest counts in each shard
 SHARD_KEYS = ("file", "split", "sha256", *COUNTS)
+VAL_TEMPORARY = ".edufineweb_val_000000.npy.part"
 
 # TokenStream compares this many ids of a folder with the vocabulary when it opens: all ids of a small folder, in a
 # fraction of a second. It compares the other ids when it reads them.
@@ -95,17 +97,16 @@ def count_ids(ids: np.ndarray, bos_id: int, byte_lengths: np.ndarray) -> dict[st
 
 
 class ShardWriter:
-    """Cuts a stream of ids into shards of `shard_size` ids, and describes each shard for the manifest.
+    """Cuts a stream of ids into training shards of `shard_size` ids, and describes each shard for the manifest.
 
     Args:
-        shards: descriptions of the shards that are in the folder already.
+        shards: descriptions of the training shards that are in the folder already.
     """
 
     def __init__(self, out_dir: Path, shard_size: int, tokenizer: Tokenizer, shards: list[dict]):
         self.out_dir, self.shard_size, self.shards = out_dir, shard_size, shards
-        self.bos_id, self.dtype = tokenizer.bos_id, token_dtype(tokenizer.vocab_size)
-        # A token has at most 128 bytes, so the lengths fit 8 bits, and their table fits the processor's cache.
-        self.byte_lengths = tokenizer.token_byte_lengths().astype(np.uint8)
+        self.bos_id, self.byte_lengths = tokenizer.bos_id, byte_lengths(tokenizer)
+        self.dtype = token_dtype(tokenizer.vocab_size)
         self.filled = 0  # ids in the open shard
         self._open = ExitStack()
 
@@ -118,50 +119,99 @@ class ShardWriter:
     def add(self, ids: np.ndarray) -> None:
         """Append ids, at most as many as the open shard has room for. A full shard is closed."""
         if not self.filled:
-            name = shard_name(len(self.shards))
+            name = shard_name(len(self.shards) + 1)
             self._file = self._open.enter_context(atomic_write(self.out_dir / name))
             self._digest = sha256()
-            self._write(self._header(self.shard_size))
-            self._shard = {"file": name, "split": "train" if self.shards else "val"}
-            self._counts = Counter(dict.fromkeys(COUNTS, 0))
+            self._write(_header(self.dtype, self.shard_size))
+            self._shard, self._counts = {"file": name, "split": "train"}, Counter(dict.fromkeys(COUNTS, 0))
         self._write(np.ascontiguousarray(ids).data)
         self._counts.update(count_ids(ids, self.bos_id, self.byte_lengths))
         self.filled += len(ids)
         if self.filled == self.shard_size:
             self._end(self._digest.hexdigest())
 
-    def close(self, split_single: bool) -> None:
-        """Close the last shard, which may be short.
-
-        A corpus that fits one shard has no training data. With `split_single` its first tenth becomes the validation
-        shard, and the rest becomes a training shard.
-        """
+    def close(self) -> None:
+        """Close the last shard, which may be short."""
         if not self.filled:
             return
         self._file.seek(0)
-        self._file.write(self._header(self.filled))  # NumPy pads headers, so this one has the length of the first
+        self._file.write(_header(self.dtype, self.filled))  # NumPy pads headers: this one has the length of the first
         self._file.flush()
         self._end(sha256_of(self._file.name))
-        if split_single and len(self.shards) == 1:
-            ids = np.load(self.out_dir / self.shards.pop()["file"])
-            for self.shard_size in (len(ids) // 10, len(ids) - len(ids) // 10):
-                piece, ids = ids[: self.shard_size], ids[self.shard_size :]
-                self.add(piece)
 
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._digest.update(data)
 
-    def _header(self, tokens: int) -> bytes:
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (tokens,)}
-        file = io.BytesIO()
-        np.lib.format.write_array_header_1_0(file, header)
-        return file.getvalue()
-
     def _end(self, digest: str) -> None:
         self._open.close()  # the file reaches the disk and takes its name
         self.shards.append({**self._shard, **self._counts, "sha256": digest})
         self.filled = 0
+
+
+class ValidationShard:
+    """Shard 0, which grows along the run under a temporary name and takes its own name at the end.
+
+    Args:
+        counts: what an earlier run has written. The file is cut back to it.
+
+    Raises:
+        ValueError: the file is shorter than that.
+    """
+
+    def __init__(self, out_dir: Path, tokenizer: Tokenizer, counts: dict[str, int]):
+        self.path, self.temporary = out_dir / shard_name(0), out_dir / VAL_TEMPORARY
+        self.bos_id, self.byte_lengths = tokenizer.bos_id, byte_lengths(tokenizer)
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.counts = Counter(dict.fromkeys(COUNTS, 0) | counts)
+        header = _header(self.dtype, 0)
+        length = len(header) + self.counts["tokens"] * self.dtype.itemsize
+        goes_on = self.counts["tokens"] > 0
+        if goes_on and (not self.temporary.is_file() or self.temporary.stat().st_size < length):
+            raise ValueError(
+                f"{self.temporary}: missing or cut short since it was written; delete {out_dir} and run this again"
+            )
+        self._file = open(self.temporary, "r+b" if goes_on else "w+b")  # noqa: SIM115, __exit__ closes it
+        self._file.write(header)
+        self._file.truncate(length)
+        self._file.seek(length)
+
+    def __enter__(self) -> "ValidationShard":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append the ids of whole documents."""
+        self._file.write(np.ascontiguousarray(ids).data)
+        self.counts.update(count_ids(ids, self.bos_id, self.byte_lengths))
+
+    def sync(self) -> None:
+        """Bring all ids to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> dict:
+        """Give the file its name. Returns its description for the manifest."""
+        self._file.seek(0)
+        self._file.write(_header(self.dtype, self.counts["tokens"]))
+        self.sync()
+        self._file.close()
+        replace_synced(self.temporary, self.path)
+        return {"file": self.path.name, "split": "val", **self.counts, "sha256": sha256_of(self.path)}
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """The number of bytes of each id. A token has at most 128, so a uint8 does: the table fits a processor's cache."""
+    return tokenizer.token_byte_lengths().astype(np.uint8)
+
+
+def _header(dtype: np.dtype, tokens: int) -> bytes:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (tokens,)}
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
 
 
 # ---------------------------------------------------------------- reader
@@ -308,14 +358,14 @@ def verify(folder: str | Path) -> str:
 
 def _recount(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
     """Tokens, documents and bytes of text of a shard. Raises ValueError for ids that the tokenizer cannot have made."""
-    dtype, byte_lengths = token_dtype(tokenizer.vocab_size), tokenizer.token_byte_lengths().astype(np.uint8)
+    dtype, lengths = token_dtype(tokenizer.vocab_size), byte_lengths(tokenizer)
     counted = Counter(dict.fromkeys(COUNTS, 0))
     if np.load(path, mmap_mode="r").dtype != dtype:
         raise ValueError(f"its ids are not {dtype}")
     for ids in id_blocks(path):
         if (largest := ids.max()) >= tokenizer.vocab_size:
             raise ValueError(f"id {largest} is outside the vocabulary of {tokenizer.vocab_size}")
-        counted.update(count_ids(ids, tokenizer.bos_id, byte_lengths))
+        counted.update(count_ids(ids, tokenizer.bos_id, lengths))
     return counted
 
 

@@ -1,392 +1,369 @@
-"""Where documents come from: FineWeb-Edu on the Hugging Face hub, files of your own, or the sample corpus.
+"""Where documents come from: data sets of the Hugging Face hub, files of your own, or the sample corpus.
 
-A source numbers its documents from 0. Its `revision` pins their order. Reading can start at any number. So a
-preparation goes on after a kill, and a download goes on after a lost connection.
+A source numbers its documents from 0. Reading can start at any number. So a preparation goes on after a kill, and a
+download goes on after a lost connection.
 """
 
-import errno
-import gzip
+import csv
+import glob
 import hashlib
-import json
+import lzma
 import math
-import os
 import platform
+import re
 import sys
 import sysconfig
 import time
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
+from functools import cached_property, partial
 from pathlib import Path
-from queue import Empty, Full, Queue
-from threading import Event, Thread
-from typing import IO, TypeVar
 
 from files import sha256_of
+from hub import (
+    DatasetName,
+    HubFile,
+    download,
+    error_reason,
+    failure,
+    is_final,
+    open_stream,
+    parse_name,
+    reach_hub,
+    resolve,
+)
+from readers import BATCH_DOCUMENTS, COMPRESSIONS, FORMATS, SUFFIXES, Batch, Reader, file_format, read_ahead
+from rows import ReadOptions, SourceError, listed
 
-FINEWEB = "HuggingFaceFW/fineweb-edu"
-FINEWEB_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
-FINEWEB_FOLDER = "sample/10BT"  # 9,672,101 documents in 14 parquet files of 28.5 GB
-FINEWEB_TOKENS = 10_000_000_000  # about, with Llama 3's whole vocabulary
+# 9,672,101 documents in 14 parquet files of 28.5 GB, about 10 billion tokens with Llama 3's whole vocabulary
+FINEWEB = DatasetName("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", folder="sample/10BT")
+BYTES_A_TOKEN = {".parquet": 2.85, "": 4.4}  # FineWeb-Edu's parquet files; other files hold text as it is
 
 # Installations differ in their tests. encodings/ and pydoc_data/ hold tables and prose. The others are not the library.
 SAMPLE_EXCLUDED = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 SAMPLE_EXCLUDED |= {"site-packages", "dist-packages", "__pycache__"}
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-BATCH_DOCUMENTS = 200  # most documents in a batch: 200 web pages are nearly a megabyte
-BATCH_BYTES = 2**20  # long documents make shorter batches, because larger ones do not fit the processors' caches
-STREAM_BLOCK = 2**24  # bytes per request
+SAVED_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of `datasets`
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses after attempts that bring no new document; after the last, give up
-
-T = TypeVar("T")
-
-
-class SourceError(Exception):
-    """A source cannot be read. The message is one sentence and names the cure."""
+DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error)  # pyarrow's errors are ValueErrors
 
 
 class Source:
-    """Documents, numbered from 0. `name` says which documents they are. `revision` pins their content and order."""
+    """The documents of one or more parts, one part after the other.
 
-    name: str
-    revision: str
+    A part has `name`, which says which documents it holds; `label`, a short name for folders; `place`, which no other
+    part has; `revision`, which pins content and order; and `batches(reader)`, which yields its documents.
+    """
 
-    def read(self, first: int = 0) -> Iterator[Sequence]:
-        """Yields the documents from number `first` on, in batches. A batch is a list or an arrow array.
+    def __init__(self, parts: list, options: ReadOptions):
+        self.parts, self.options = parts, options
+        self.name = ", ".join(part.name for part in parts)
+        self.label = re.sub(r"[^\w.-]+", "-", parts[0].label).strip(".-_") or "corpus"
+        self.id = _digest([part.place for part in parts])[:8]
 
-        A document is a str. A broken row may hold anything else.
+    @cached_property
+    def revision(self) -> str:
+        revisions = [part.revision for part in self.parts]
+        return revisions[0] if len(revisions) == 1 else _digest(revisions)
+
+    @property
+    def hub_parts(self) -> list["HubDataset"]:
+        return [part for part in self.parts if isinstance(part, HubDataset)]
+
+    @property
+    def pins(self) -> list[dict]:
+        """The commit and the files of each data set of the hub. `open_source` takes them for a resumed run."""
+        return [
+            {"name": part.name, "commit": part.revision, "files": [astuple(file) for file in part.files]}
+            for part in self.hub_parts
+        ]
+
+    def read(self, first: int = 0, digest: str = "", bad_rows: int = 0) -> Iterator[Batch]:
+        """Yields the documents from number `first` on, in batches.
+
+        Args:
+            digest: `Batch.digest` that an earlier run saw at `first`. "" skips the comparison.
+            bad_rows: how many broken rows it met before.
 
         Raises:
-            SourceError: the source cannot be read, or the reading failed before its end.
+            SourceError: the source cannot be read, the reading failed before its end, or the rows before `first` have
+                changed.
         """
-        raise NotImplementedError
+        reader = Reader(self.options, first, bad_rows)
+        batches = (batch for part in self.parts for batch in part.batches(reader))
+        start = next(batches, None)
+        if digest not in ("", reader.digest.hexdigest() if start is None else start.digest):
+            raise SourceError(
+                f"{self.name}: changed where an earlier run has read it already; choose another --out_dir, or delete it"
+            )
+        if start is not None:
+            yield start
+            yield from batches
 
 
-def open_source(words: list[str], *, stream: bool = False) -> Source:
+def open_source(
+    words: Sequence[str],
+    options: ReadOptions | None = None,
+    *,
+    stream: bool = False,
+    pins: Sequence[dict] = (),
+    ignored: Sequence[Path] = (),
+) -> Source:
     """Make the source for the words after --source.
 
     Args:
-        words: ["fineweb-edu"], ["sample"], or paths of .jsonl, .jsonl.gz, .parquet and .txt files.
+        words: ["sample"]; or any of fineweb-edu, OWNER/NAME[:CONFIG[:SPLIT]], hf://datasets/..., the address of a data
+            set's page, folders, globs and files. An existing path wins over a name.
         stream: read the hub's files over the network, without a copy on the disk.
+        pins: `Source.pins` of an earlier run. Data sets of these names are read at these commits.
+        ignored: files to leave out of folders and globs.
 
     Raises:
-        SourceError: a file is missing or has an unknown suffix, or `stream` is set and the source is not the hub.
+        SourceError: a word names nothing that can be read, or `stream` is set where no part is on the hub, or offline.
     """
-    if words == ["fineweb-edu"]:
-        return Hub(stream)
-    if stream:
-        raise SourceError(f"--stream reads from the hub; leave it out with --source {' '.join(words)}")
-    if words == ["sample"]:
-        return Sample()
-    paths = [Path(word) for word in words]
-    for path in paths:
-        if not path.name.endswith(SUFFIXES):
-            raise SourceError(f"{path}: give fineweb-edu or sample alone, or files that end in {', '.join(SUFFIXES)}")
-        if not path.is_file():
-            raise SourceError(f"{path}: no such file; give paths of existing files")
-    return Files(paths)
+    options, ignored = options or ReadOptions(), [path.resolve() for path in ignored]
+    if list(words) == ["sample"]:
+        parts: list = [Sample()]
+    else:
+        parts = []
+        for word in words:
+            if (name := _hub_name(word)) is not None:
+                pin = next((pin for pin in pins if pin["name"] == str(name)), None)
+                parts.append(HubDataset(name, stream, pin))
+                continue
+            files = Files([word], [path for path in _paths(word) if path.resolve() not in ignored])
+            if parts and isinstance(parts[-1], Files):
+                before = parts.pop()
+                files = Files(before.words + files.words, before.paths + files.paths)
+            parts.append(files)
+    source = Source(parts, options)
+    formats = {file_format(path.name)[0] for part in parts if isinstance(part, Files) for path in part.paths}
+    if options.document_separator is not None and ".txt" not in formats and not source.hub_parts:
+        raise SourceError(f"--document_separator divides .txt files; leave it out with --source {source.name}")
+    if stream and not source.hub_parts:
+        raise SourceError(f"--stream reads from the hub; leave it out with --source {source.name}")
+    return source
 
 
-# ---------------------------------------------------------------- the sample corpus
+def _hub_name(word: str) -> DatasetName | None:
+    """The data set that a word names. None if the word is a path."""
+    if Path(word).expanduser().exists():
+        return None
+    if word == "fineweb-edu":
+        return FINEWEB
+    if "://" not in word and (file_format(word) or word.startswith((".", "~"))):
+        return None  # OWNER/NAME in its form, but meant as a file
+    name = parse_name(word)
+    if name is None and "://" in word:
+        raise SourceError(f"{word}: not the address of a data set; give OWNER/NAME[:CONFIG[:SPLIT]]")
+    return name
 
 
-class Sample(Source):
+def _paths(word: str) -> list[Path]:
+    """The files that a word names: a file, all files of a folder that can be read, or those that match a glob."""
+    path = Path(word).expanduser()
+    if path.is_file():
+        if not file_format(path.name):
+            raise SourceError(f"{path}: unknown format; give files that end in {SUFFIXES}")
+        return [path]
+    if path.is_dir():
+        found = [entry for entry in path.rglob("*") if _is_corpus_file(entry.relative_to(path))]
+    elif glob.has_magic(word):
+        found = [Path(match) for match in glob.glob(str(path), recursive=True) if _is_corpus_file(Path(match))]
+    else:
+        raise SourceError(
+            f"{word}: no such file or folder; give paths, OWNER/NAME of a data set of the hub, fineweb-edu, or sample "
+            "alone"
+        )
+    found = sorted(entry for entry in found if entry.is_file())
+    if not found:
+        raise SourceError(f"{word}: holds no file that ends in {SUFFIXES}; give another folder or glob")
+    return found
+
+
+def _label(name: str) -> str:
+    """A file's name without the suffixes that readers.py knows."""
+    for suffixes in (COMPRESSIONS, FORMATS):
+        if name.lower().endswith(suffixes):
+            name = name[: name.rindex(".")]
+    return name
+
+
+def _is_corpus_file(path: Path) -> bool:
+    hidden = any(part.startswith(".") and part.strip(".") for part in path.parts)
+    return not hidden and path.name not in SAVED_METADATA and file_format(path.name) is not None
+
+
+def _digest(words: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class Sample:
     """The source code of Python's standard library: real text that every machine already has."""
 
-    name = "sample"
+    name = label = place = "sample"
     revision = f"Python {platform.python_version()}"
 
-    def read(self, first: int = 0) -> Iterator[Sequence]:
+    def check(self, options: ReadOptions) -> None:
+        pass
+
+    def batches(self, reader: Reader) -> Iterator[Batch]:
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = [p.relative_to(root) for p in root.rglob("*.py")]
-        names = [path.as_posix() for path in paths if not SAMPLE_EXCLUDED & set(path.parts)]
-        # Shuffle the files, so that the held-out shard is like the others. Hashes give every machine the same order.
-        names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+        names = sorted(path.as_posix() for path in paths if not SAMPLE_EXCLUDED & set(path.parts))
         texts = [(root / name).read_text(encoding="utf-8", errors="replace") for name in names]
-        texts = list(dict.fromkeys(texts))  # drop copies: a held-out text must not be in the training shards too
-        yield from (texts[i : i + BATCH_DOCUMENTS] for i in range(first, len(texts), BATCH_DOCUMENTS))
+        reader.digest.update(self.revision.encode())
+        for first in range(reader.skip, len(texts), BATCH_DOCUMENTS):
+            yield Batch(texts[first : first + BATCH_DOCUMENTS], reader.digest.hexdigest())
 
 
-# ---------------------------------------------------------------- files of your own
+class Files:
+    """Files of your own, one after the other. readers.py says what a document is in each format."""
 
-
-class Files(Source):
-    """Files, one after the other. A document is a whole .txt file, a line of a .jsonl, or a row of a .parquet."""
-
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-        self.name = " ".join(path.name for path in paths)
-        self.revision = hashlib.sha256("".join(sha256_of(path) for path in paths).encode()).hexdigest()
-
-    def read(self, first: int = 0) -> Iterator[Sequence]:
-        for path in self.paths:
-            batches = {".txt": _text_batches, ".parquet": _parquet_batches}.get(path.suffix, _jsonl_batches)
-            try:
-                first = yield from batches(path, first)
-            except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: pyarrow's ArrowInvalid is one
-                reason = " ".join(str(error).split())  # on one line
-                raise SourceError(f"{path}: cannot be read ({reason}); replace the file") from error
-
-
-# Each reader yields the documents of a file in batches, without the first `skip` documents. It returns how many
-# documents the next files must skip: more than 0 if this file has fewer than `skip`.
-
-
-def _text_batches(path: Path, skip: int) -> Generator[Sequence, None, int]:
-    if not skip:
-        yield [path.read_text(encoding="utf-8", errors="replace")]
-    return max(0, skip - 1)
-
-
-def _jsonl_batches(path: Path, skip: int) -> Generator[Sequence, None, int]:
-    batch, size = [], 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            if skip:
-                skip -= 1
-                continue
-            try:
-                batch.append(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise SourceError(f'{path}, line {number}: not a JSON object with a "text"; mend the line') from error
-            size += len(line)
-            if len(batch) == BATCH_DOCUMENTS or size > BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-    return skip
-
-
-def _parquet_batches(path: str | Path, skip: int, file: IO | None = None) -> Generator[Sequence, None, int]:
-    """Read the local file `path`, or `file` if it is given. Error messages name `path` in both cases."""
-    import pyarrow.parquet  # here, not above: the import is slow, and workers do not need it
-
-    # Many small reads, not whole row groups: so the memory needed does not depend on the size of the row groups.
-    with pyarrow.parquet.ParquetFile(file or path, buffer_size=2**20, pre_buffer=False) as parquet:
-        if "text" not in parquet.schema_arrow.names:
-            names = ", ".join(parquet.schema_arrow.names)
-            raise SourceError(f"{path}: no column 'text', only {names}; rename the column of texts")
-        groups = list(range(parquet.num_row_groups))
-        while groups and skip >= (rows := parquet.metadata.row_group(groups[0]).num_rows):
-            skip -= rows
-            del groups[0]
-        if not groups:
-            return skip
-        group_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
-        rows = BATCH_BYTES * parquet.metadata.num_rows // max(1, group_bytes)  # rows of average size in BATCH_BYTES
-        rows = max(1, min(rows, BATCH_DOCUMENTS))
-        for batch in parquet.iter_batches(rows, row_groups=groups, columns=["text"]):
-            column = batch.column(0)
-            if skip >= len(column):
-                skip -= len(column)
-                continue
-            if skip or column.nbytes > 4 * BATCH_BYTES:  # a part of a batch, or documents far above the average size
-                yield from ([document] for document in column[skip:].to_pylist())
-                skip = 0
-            else:
-                yield column  # not a list: an arrow array reaches a worker without a Python object per document
-    return 0
-
-
-# ---------------------------------------------------------------- the Hugging Face hub
-
-
-class Hub(Source):
-    """FineWeb-Edu's 10-billion-token sample, read with huggingface_hub.
-
-    That client waits as long as a status 429 asks for, repeats requests that fail with a 5xx status, and resumes a
-    broken download. If the client gives up, this class pauses and goes on after the last document. The pauses grow.
-    """
-
-    name = f"{FINEWEB} {FINEWEB_FOLDER}"
-    revision = FINEWEB_REVISION
-
-    def __init__(self, stream: bool):
-        self.stream = stream
+    def __init__(self, words: list[str], paths: list[Path]):
+        self.words, self.paths = words, paths
+        places = [Path(word).expanduser().resolve() for word in words]
+        self.name, self.label = listed(place.name for place in places), _label(places[0].name)
+        self.place = "\n".join(map(str, places))
 
     @cached_property
-    def files(self) -> list:
-        """The hub's list of the parquet files, in order: `RepoFile`s with path, size and lfs.sha256."""
-        import huggingface_hub
+    def digests(self) -> list[str]:
+        return [sha256_of(path) for path in self.paths]
 
-        files = huggingface_hub.HfApi().list_repo_tree(
-            FINEWEB, FINEWEB_FOLDER, revision=self.revision, repo_type="dataset"
-        )
-        return sorted((file for file in files if file.path.endswith(".parquet")), key=lambda file: file.path)
+    @property
+    def revision(self) -> str:
+        return _digest(self.digests)
 
-    def read(self, first: int = 0) -> Iterator[Sequence]:
-        pauses = iter(RETRY_SECONDS)
+    def check(self, options: ReadOptions) -> None:
+        """Raises SourceError if a file has no column of text."""
+        for path in self.paths:
+            with _named(path):
+                Reader(options).check(str(path), partial(open, path, "rb"))
+
+    def batches(self, reader: Reader) -> Iterator[Batch]:
+        for path, digest in zip(self.paths, self.digests, strict=True):
+            with _named(path):
+                yield from reader.read(str(path), partial(open, path, "rb"), digest)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Make a SourceError that names the file of an error in reading it."""
+    try:
+        yield
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())  # on one line
+        raise SourceError(f"{path}: cannot be read ({reason}); replace the file") from error
+
+
+class HubDataset:
+    """A data set of the Hugging Face hub.
+
+    If its client gives up, this class pauses and goes on after the last document. The pauses grow.
+    """
+
+    def __init__(self, dataset: DatasetName, stream: bool, pin: dict | None = None):
+        self.dataset, self.stream, self.pin = dataset, stream, pin
+        self.name = self.place = str(dataset)
+        words = [dataset.repository.split("/")[1], *dataset.folder.split("/"), dataset.config, dataset.split]
+        self.label = "-".join(word for word in words if word and word != "train")
+        if dataset == FINEWEB:
+            self.label = "fineweb-edu-10BT"
+
+    @cached_property
+    def _resolved(self) -> tuple[str, list[HubFile]]:
+        if self.pin:
+            return self.pin["commit"], [HubFile(*file) for file in self.pin["files"]]
+        try:
+            return resolve(self.dataset)
+        except Exception as error:  # huggingface_hub, datasets, httpx and requests have no common error class
+            raise failure(self.dataset, error) from error
+
+    @property
+    def revision(self) -> str:
+        return self._resolved[0]
+
+    @property
+    def files(self) -> list[HubFile]:
+        return self._resolved[1]
+
+    def check(self, options: ReadOptions) -> None:
+        """Raises SourceError if the hub cannot be reached, or --stream is set offline."""
+        from huggingface_hub import constants
+
+        if self.stream and constants.HF_HUB_OFFLINE:
+            raise SourceError(
+                f"{self.name}: --stream needs the network, but HF_HUB_OFFLINE is set; leave one of them out"
+            )
+        try:
+            reach_hub()
+        except Exception as error:  # as in _resolved
+            raise failure(self.dataset, error) from error
+
+    def batches(self, reader: Reader) -> Iterator[Batch]:
+        reader.digest.update(f"{self.name} {self.revision}".encode())
+        skip, bad_rows, pauses = reader.skip, reader.bad_rows, iter(RETRY_SECONDS)
         while True:
             try:
-                for batch in self._read(first):
+                for batch in self._batches(reader):
                     yield batch
-                    first += len(batch)
+                    skip, bad_rows = skip + len(batch.documents), reader.bad_rows
                     pauses = iter(RETRY_SECONDS)
                 return
             except SourceError:
                 raise
-            except Exception as error:  # huggingface_hub, fsspec, httpx and pyarrow have no common error class
-                pause = None if _is_final(error) else next(pauses, None)
+            except Exception as error:  # as in _resolved; fsspec and pyarrow have others
+                pause = None if is_final(error) else next(pauses, None)
                 if pause is None:
-                    raise self._failure(error) from error
-                print(f"{FINEWEB}: {error_reason(error)}; trying again in {pause} s", file=sys.stderr)
+                    raise failure(self.dataset, error) from error
+                print(f"{self.dataset.repository}: {error_reason(error)}; trying again in {pause} s", file=sys.stderr)
                 time.sleep(pause)
+                reader.skip, reader.bad_rows = skip, bad_rows
 
-    def _read(self, skip: int) -> Iterator[Sequence]:
+    def _batches(self, reader: Reader) -> Iterator[Batch]:
         files = list(self.files)
-        while files and skip:  # fetch only the footers of files to be skipped: they have the numbers of rows
-            rows = self._num_rows(files[0])
-            if skip < rows:
-                break
-            skip -= rows
+        while files and reader.skip and (rows := self._num_rows(files[0])) is not None and reader.skip >= rows:
+            reader.skip -= rows
             del files[0]
+        open_remote = partial(open_stream, self.dataset, self.revision)
         if self.stream:
             for file in files:
-                with self._open(file) as remote:
-                    skip = yield from _parquet_batches(file.path, skip, remote)
-        else:
-            # The thread of read_ahead downloads the next files while this one is read.
-            for path in filter(None, read_ahead(map(self._download, files), 1)):
-                skip = yield from _parquet_batches(path, skip)
+                yield from reader.read(self._title(file), partial(open_remote, file), None)
+            return
+        # The thread of read_ahead downloads the next file while this one is read.
+        paths = filter(None, read_ahead(map(partial(download, self.dataset, self.revision), files), 1))
+        for file, path in zip(files, paths, strict=True):
+            yield from reader.read(self._title(file), partial(open, path, "rb"), None)
 
-    def _open(self, file) -> IO:
-        from huggingface_hub import HfFileSystem
+    def _title(self, file: HubFile) -> str:
+        return f"{self.dataset.repository}/{file.path}"
 
-        path = f"datasets/{FINEWEB}@{self.revision}/{file.path}"
-        return HfFileSystem().open(path, block_size=STREAM_BLOCK, cache_type="readahead")
-
-    def _num_rows(self, file) -> int:
+    def _num_rows(self, file: HubFile) -> int | None:
+        """The number of rows in the footer of a parquet file, so that the file need not be downloaded. Else None."""
         import pyarrow.parquet
-
-        with self._open(file) as remote:
-            return pyarrow.parquet.read_metadata(remote).num_rows
-
-    def _download(self, file) -> str:
-        """Download a file into huggingface_hub's cache, unless it is there. Return its path. OSError: it is damaged."""
-        import huggingface_hub
-
-        path = huggingface_hub.hf_hub_download(FINEWEB, file.path, repo_type="dataset", revision=self.revision)
-        if os.path.getsize(path) != file.size or sha256_of(path) != file.lfs.sha256:
-            os.remove(os.path.realpath(path))  # `path` may be a link: remove the file itself
-            raise OSError(f"{file.path} came damaged")
-        return path
-
-    def disk_needed(self, max_tokens: int | None) -> list[tuple[Path, int]]:
-        """Pairs of a folder and the bytes to be downloaded into it until `max_tokens` are read (None: all tokens).
-
-        Raises:
-            SourceError: the hub cannot be reached, or it does not list the files.
-        """
-        from huggingface_hub import constants, try_to_load_from_cache
-
-        try:
-            reach_hub()
-            files = self.files
-        except Exception as error:  # as in read(), no common error class
-            raise self._failure(error) from error
-        if self.stream:
-            return []
-        share = 1 if max_tokens is None else min(1, max_tokens / FINEWEB_TOKENS)
-        files = files[: math.ceil(share * len(files)) + 2]  # +2: one file waits, one is being downloaded
-        cached = {"repo_id": FINEWEB, "revision": self.revision, "repo_type": "dataset"}
-        missing = [f for f in files if not try_to_load_from_cache(filename=f.path, **cached)]
-        return [(Path(constants.HF_HUB_CACHE), sum(file.size for file in missing))]
-
-    def _failure(self, error: Exception) -> SourceError:
         from huggingface_hub import constants
 
-        return SourceError(
-            f"{constants.ENDPOINT}: could not read {FINEWEB} ({error_reason(error)}); check the network "
-            "(and HF_ENDPOINT, if set) and run this again; --source sample needs no network"
+        if constants.HF_HUB_OFFLINE or file_format(file.path) != (".parquet", ""):
+            return None
+        with open_stream(self.dataset, self.revision, file) as remote:
+            return pyarrow.parquet.read_metadata(remote).num_rows
+
+    def disk_needed(self, max_tokens: int | None) -> tuple[list[tuple[Path, int]], int]:
+        """What a run until `max_tokens` (None: all) needs: pairs of a folder and bytes to be downloaded; and tokens."""
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        expected = sum(
+            file.size / BYTES_A_TOKEN.get(file_format(file.path)[0], BYTES_A_TOKEN[""]) for file in self.files
         )
-
-
-def reach_hub() -> None:
-    """Send the hub one request, unless HF_HUB_OFFLINE is set. huggingface_hub would retry for about 30 s.
-
-    Raises:
-        requests.RequestException: no answer came. An answer with an error status raises nothing.
-    """
-    import requests
-    from huggingface_hub import constants
-
-    if not constants.HF_HUB_OFFLINE:
-        requests.head(constants.ENDPOINT, timeout=30)
-
-
-def http_status(error: Exception) -> int | None:
-    """The status of the HTTP response that caused an error. None if no response came."""
-    response = getattr(error, "response", None)
-    if response is None:  # not `or`: a response with an error status is falsy
-        response = getattr(error.__cause__, "response", None)
-    return None if response is None else response.status_code
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether another attempt cannot help: the hub refuses, the disk is full, or a file may not be written."""
-    status = http_status(error)
-    if status is not None:
-        return 400 <= status < 500 and status not in (408, 429)
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES)
-
-
-def error_reason(error: Exception) -> str:
-    """A few words that say why the hub could not be read: a status, or the kind of error."""
-    import requests
-
-    status = http_status(error)
-    if status is not None:
-        return f"status {status}"
-    if isinstance(error, requests.RequestException):
-        return type(error).__name__  # its message is a long chain of nested errors
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def read_ahead(items: Iterable[T], size: int) -> Iterator[T | None]:
-    """Yields the items, which a thread reads ahead: `size` items wait, and the thread reads one more.
-
-    After each second without an item it yields None, so that the caller can do something else. Raises what `items`
-    raises.
-    """
-    queue: Queue = Queue(size)
-    stopped = Event()
-
-    def put(*entry) -> None:
-        while not stopped.is_set():
-            try:
-                return queue.put(entry, timeout=0.1)
-            except Full:
-                continue
-
-    def fill_queue() -> None:
-        try:
-            for item in items:
-                put(item, None)
-                if stopped.is_set():
-                    return
-            put(None, StopIteration())
-        except BaseException as error:
-            put(None, error)
-
-    Thread(target=fill_queue, daemon=True).start()  # a daemon: Ctrl-C does not wait for a download
-    try:
-        while True:
-            try:
-                item, error = queue.get(timeout=1)
-            except Empty:
-                yield None
-                continue
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stopped.set()  # ends the thread, even if the caller stops early
+        tokens = int(min(max_tokens or math.inf, expected))
+        if self.stream:
+            return [], tokens
+        files = self.files[: math.ceil(tokens / max(1, expected) * len(self.files)) + 2]  # +2: one waits, one is coming
+        cached = {"repo_id": self.dataset.repository, "revision": self.revision, "repo_type": "dataset"}
+        missing = [file for file in files if not try_to_load_from_cache(filename=file.path, **cached)]
+        return [(Path(constants.HF_HUB_CACHE), sum(file.size for file in missing))], tokens
 
 
 if __name__ == "__main__":

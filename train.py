@@ -25,7 +25,6 @@ from config import Config, local_device, local_rank, read_config, world_size
 from dataloaders import BLOCK, BatchLayout, TrainWindows, open_streams
 from evaluation import draw_samples, score_hellaswag, validate
 from files import allow_any_text_in_output
-from load_fineweb_dataset import prepare
 from load_hellaswag_dataset import write_sample
 from model import ModelConfig, Transformer, document_positions
 from model_utils import (
@@ -40,10 +39,11 @@ from model_utils import (
     wrap_model,
 )
 from optimizers import build_optimizers, lr_factor, set_learning_rates
+from preparation import prepare
 from profiling import start_profiler
 from report import write_report
+from rows import SourceError
 from shards import TokenStream, is_prepared
-from sources import SourceError
 from tokenizer import Tokenizer
 
 # ================================ CONFIGURATION ================================

@@ -14,24 +14,33 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
+from hashlib import sha256
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from readers import BadRow, Batch, read_ahead
+from rows import SourceError
 from shards import token_dtype
-from sources import Source, SourceError, read_ahead
 from tokenizer import Tokenizer
 
 BATCHES_AHEAD = 64  # each about a megabyte; they keep the workers busy while this process syncs a shard to the disk
-LEFT_OUT = ("empty", "null", "not a string")  # notes of the documents that get no ids; the manifest counts them
+WITHOUT_TEXT = ("empty", "null", "not a string", "broken")  # notes of documents without ids; the manifest counts them
 
 
-def tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Returns all ids (N,), the number of ids of each document (D,), and a note for each odd document, by its index.
+class Tokenized(NamedTuple):
+    """The ids of a batch of D documents. A document that is empty, null, not a string, or a broken row has 0 ids."""
 
-    A document that is empty, null or not a string has 0 ids.
+    ids: np.ndarray  # (N,) of all documents
+    lengths: np.ndarray  # (D,) int64, the number of ids of each document
+    hashes: np.ndarray  # (D,) uint64, the first bytes of the sha256 of each text; 0 for a document without ids
+    notes: dict[int, str]  # of each odd document, by its index
+
+
+def tokenize(tokenizer: Tokenizer, documents: Sequence) -> Tokenized:
+    """The ids of a batch of documents.
 
     Args:
         documents: a list or an arrow array of D documents.
@@ -40,11 +49,13 @@ def tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.
         UnicodeDecodeError: the bytes of the array are not UTF-8.
     """
     documents = documents if isinstance(documents, list) else documents.to_pylist()
-    ids, lengths, notes = [np.empty(0, dtype=np.uint32)], [], {}
+    ids, notes = [np.empty(0, dtype=np.uint32)], {}
+    lengths, hashes = np.zeros(len(documents), dtype=np.int64), np.zeros(len(documents), dtype=np.uint64)
     for i, document in enumerate(documents):
-        pieces: list[np.ndarray] = []
         if document is None:
             notes[i] = "null"
+        elif isinstance(document, BadRow):
+            notes[i] = "broken"
         elif not isinstance(document, str):
             notes[i] = "not a string"
         elif not document:
@@ -57,9 +68,12 @@ def tokenize(tokenizer: Tokenizer, documents: Sequence) -> tuple[np.ndarray, np.
             except UnicodeEncodeError:  # lone surrogates, which only `encode` replaces
                 pieces = [np.array(tokenizer.encode(document, bos=True, eos=True), dtype=np.uint32)]
                 notes[i] = "lone surrogates replaced"
-        ids += pieces
-        lengths.append(sum(map(len, pieces)))
-    return np.concatenate(ids, dtype=token_dtype(tokenizer.vocab_size), casting="unsafe"), np.array(lengths), notes
+            ids += pieces
+            lengths[i] = sum(map(len, pieces))
+            digest = sha256(document.encode("utf-8", "surrogatepass")).digest()
+            hashes[i] = int.from_bytes(digest[:8], "big")
+    all_ids = np.concatenate(ids, dtype=token_dtype(tokenizer.vocab_size), casting="unsafe")
+    return Tokenized(all_ids, lengths, hashes, notes)
 
 
 class Worker:
@@ -70,13 +84,15 @@ class Worker:
         self.connection, child_connection = context.Pipe()
         self.process = context.Process(target=_answer_batches, args=(child_connection, vocab_size), daemon=True)
         self.process.start()
+        self.has_answered = False
         child_connection.close()
 
-    def tokenize(self, documents: Sequence) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    def tokenize(self, documents: Sequence) -> Tokenized:
         """`tokenize` in the worker process. Raises what `tokenize` raises, and SourceError if the process died."""
         try:
             _send(self.connection, documents)
             answer = _receive(self.connection)
+            self.has_answered = True
             if isinstance(answer, UnicodeDecodeError):
                 raise answer
             return answer
@@ -88,6 +104,10 @@ class Worker:
         """The error to raise for a process that died. Its message names the signal or the exit status."""
         code = self.process.exitcode
         cause = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+        if not self.has_answered and code != -signal.SIGKILL:
+            return SourceError(
+                f"a worker process could not start ({cause}; its error is above); mend it, or --num_proc 1"
+            )
         return SourceError(
             f"a worker process died ({cause}); if memory ran out, take a smaller --num_proc; "
             "the same command goes on after the last whole shard"
@@ -138,12 +158,11 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def tokenized(
-    source: Source, first: int, tokenizer: Tokenizer, num_proc: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
-    """Yields the result of `tokenize` for each batch of the source, in order, from document number `first` on.
+def tokenized(source_batches: Iterator[Batch], tokenizer: Tokenizer, num_proc: int) -> Iterator[tuple[Tokenized, str]]:
+    """Yields the ids and the digest of each batch, in order.
 
     Args:
+        source_batches: from `Source.read`.
         num_proc: number of worker processes. With 1 this process does the work.
 
     Raises:
@@ -151,7 +170,7 @@ def tokenized(
         UnicodeDecodeError: a document of the source is not UTF-8.
     """
     if num_proc == 1:
-        yield from (tokenize(tokenizer, batch) for batch in source.read(first))
+        yield from ((tokenize(tokenizer, batch.documents), batch.digest) for batch in source_batches)
         return
     with _interrupts_ignored():
         workers = [Worker(tokenizer.vocab_size) for _ in range(num_proc)]
@@ -159,10 +178,10 @@ def tokenized(
     for worker in workers:
         idle.put(worker)
 
-    def tokenize_in_worker(batch: Sequence) -> tuple:
+    def tokenize_in_worker(batch: Batch) -> tuple[Tokenized, str]:
         worker = idle.get()  # never waits: there is a worker for each thread
         try:
-            return worker.tokenize(batch)
+            return worker.tokenize(batch.documents), batch.digest
         finally:
             idle.put(worker)
 
@@ -179,7 +198,7 @@ def tokenized(
     threads = ThreadPoolExecutor(num_proc)
     pending: deque[Future] = deque()  # the results to come, in the order of the batches
     try:
-        with closing(read_ahead(source.read(first), 4)) as batches:
+        with closing(read_ahead(source_batches, 4)) as batches:
             for batch in batches:
                 if batch is None:  # the source gave no batch for a second
                     check_workers()

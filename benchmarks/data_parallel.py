@@ -20,9 +20,9 @@ import torch
 from common import DEVICE, SHAPES, report
 
 from hardware import fastest_dtype, peak_flops
-from load_fineweb_dataset import prepare
 from model import ModelConfig, Transformer
 from model_utils import flops_per_token
+from preparation import prepare
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 TOKENS = 16 * 256  # of a step, over all processes

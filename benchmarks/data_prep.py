@@ -41,7 +41,7 @@ def write_corpus(texts_file: str | None, size: int, path: Path) -> int:
     The first line of a text is the number of its copy, so no two copies are equal.
     """
     batches = open_source([texts_file] if texts_file else ["sample"]).read()
-    texts, written = [text for batch in batches for text in batch if text], 0
+    texts, written = [text for batch in batches for text in batch.documents if text], 0
     schema = pyarrow.schema([("id", pyarrow.string()), ("text", pyarrow.string())])
     with pyarrow.parquet.ParquetWriter(path, schema) as file:
         for copy in range(10**6):

@@ -60,15 +60,15 @@ def folder(tmp_path):
 def test_the_reader_reads_what_load_fineweb_dataset_writes(tmp_path):
     texts = ["First.", "Zürich, 東京 🦙", "third " * 40]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", vocab_size=600, shard_size=50, show_progress=False)
+    held_out = json.dumps({"text": "held out"}) + "\n"
+    (tmp_path / "val.jsonl").write_text(held_out)
+    options = {"vocab_size": 600, "shard_size": 50, "val_source": [str(tmp_path / "val.jsonl")]}
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", **options, show_progress=False)
     tokenizer = Tokenizer(vocab_size=600)
-    ids = [
-        i
-        for split in ("val", "train")
-        for s in [open_stream(tmp_path / "out", split, 600, tokenizer.fingerprint)]
-        for i in s.read(0, len(s))
-    ]
-    assert ids == [i for text in texts for i in tokenizer.encode(text, bos=True, eos=True)]
+    for split, documents in (("train", texts), ("val", ["held out"])):
+        stream = open_stream(tmp_path / "out", split, 600, tokenizer.fingerprint)
+        ids = [i for text in documents for i in tokenizer.encode(text, bos=True, eos=True)]
+        assert stream.read(0, len(stream)).tolist() == ids
 
 
 def test_read_equals_a_slice_of_the_concatenated_shards(tmp_path):
@@ -251,10 +251,12 @@ TEXTS = [letter * n for letter, n in zip("abcdefghij", range(10, 110, 10), stric
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """570 tokens of single bytes, in shards of 100."""
+    """570 tokens of single bytes: 102 for validation, the others in shards of 120."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, ""]))
-    prepare([str(folder / "a.jsonl")], folder / "out", vocab_size=512, shard_size=100, show_progress=False)
+    options = {"vocab_size": 512, "shard_size": 120, "val_fraction": 0.05}
+    manifest = prepare([str(folder / "a.jsonl")], folder / "out", **options, show_progress=False)
+    assert [shard["tokens"] for shard in manifest["shards"]] == [102, 120, 120, 120, 108]
     return folder / "out"
 
 
@@ -273,7 +275,7 @@ def main(monkeypatch, capsys, copied, flag):
 def test_verify_prints_the_totals_of_a_whole_folder(copied, monkeypatch, capsys):
     status, out, _ = main(monkeypatch, capsys, copied, "--verify")
     assert status == 0
-    assert out.endswith("out: whole; 6 shards, 10 documents, 570 tokens, 550 bytes of text, as the manifest says\n")
+    assert out.endswith("out: whole; 5 shards, 10 documents, 570 tokens, 550 bytes of text, as the manifest says\n")
 
 
 def test_verify_compares_every_byte_of_every_shard(copied, monkeypatch, capsys):
@@ -331,7 +333,7 @@ def change(manifest, key, value):
         (lambda manifest: change(manifest, "format_version", 2), "manifest.json: format 2, this code reads 1"),
         (lambda manifest: change(manifest, "dtype", "uint32"), "manifest.json: dtype uint32 where uint16 is due"),
         (lambda manifest: change(manifest["shards"][2], "split", "val"), "train_000002.npy: the manifest has"),
-        (lambda manifest: manifest["shards"].reverse(), "val_000000.npy: the manifest has edufineweb_train_000005"),
+        (lambda manifest: manifest["shards"].reverse(), "val_000000.npy: the manifest has edufineweb_train_000004"),
     ],
 )
 def test_verify_refuses_a_manifest_that_no_loader_takes_or_in_another_order(copied, monkeypatch, capsys, damage, words):
@@ -372,7 +374,7 @@ def test_stats_equal_a_recount(copied, monkeypatch, capsys):
     lengths = [len(text) + 2 for text in TEXTS]
     assert "documents 10" in lines
     assert "empty 1" in lines
-    assert "tokens 570 in 6 shards, 512 ids" in lines
+    assert "tokens 570 in 5 shards, 512 ids" in lines
     assert f"bytes a token {550 / 570:.3f}" in lines
     assert f"tokens a document mean {sum(lengths) / 10:.0f}, largest {max(lengths)}" in lines
     assert f"50% have at most {np.quantile(lengths, 0.5):.0f}" in lines
