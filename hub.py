@@ -5,15 +5,17 @@ status 429 asks for, repeat requests that fail with a 5xx status, and resume a b
 """
 
 import errno
+import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 from urllib.parse import unquote, urlsplit
 
-from files import sha256_of
+from files import atomic_write, sha256_of
 from readers import SUFFIXES, file_format
 from rows import SourceError, listed
 
@@ -68,7 +70,7 @@ def parse_name(word: str) -> DatasetName | None:
     elif word.startswith(("http://", "https://")):
         match = PAGE_PATH.fullmatch(unquote(urlsplit(word).path))
     else:
-        match = DATASET_NAME.fullmatch(word)
+        match = DATASET_NAME.fullmatch(word.rstrip("/"))
     if match is None:
         return None
     parts = {name: part for name, part in match.groupdict().items() if part}
@@ -103,13 +105,27 @@ def resolve(name: DatasetName) -> tuple[str, list[HubFile]]:
         found |= {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     if not found:
         raise SourceError(f"{name}: holds no file that ends in {SUFFIXES}; name another data set or folder")
-    files = [found[path] for path in (paths if not name.folder else sorted(paths)) if path in found]
-    return commit, [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
+    entries = [found[path] for path in (sorted(paths) if name.folder else paths) if path in found]
+    files = [HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None) for entry in entries]
+    with suppress(PermissionError), atomic_write(_listing(name), "w") as file:  # a folder of others may be read-only
+        json.dump({"commit": commit, "files": list(map(astuple, files))}, file)
+    return commit, files
+
+
+def _listing(name: DatasetName) -> Path:
+    """Where the commit and the files of a data set are noted, for a run without a network."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "file_lists" / re.sub(r"[^\w.@-]", "--", f"{name}.json")
 
 
 def _resolve_offline(name: DatasetName) -> tuple[str, list[HubFile]]:
+    """The files that an earlier run has noted; or else those of a copy that another program has put into the cache."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
+    if _listing(name).is_file():
+        noted = json.loads(_listing(name).read_text(encoding="utf-8"))
+        return noted["commit"], [HubFile(*file) for file in noted["files"]]
     try:
         repositories = scan_cache_dir().repos
     except CacheNotFound:
@@ -137,8 +153,8 @@ def _files_of_split(place: str, commit: str | None, name: DatasetName) -> list[s
     configs = datasets.get_dataset_config_names(place, revision=commit)
     if name.config is None and len(configs) > 1:
         raise SourceError(
-            f"{name.repository}: has several configurations; name one: {name.repository}:{configs[0]} "
-            f"(or one of {listed(configs[1:])})"
+            f"{name.repository}: has several configurations ({listed(configs)}); "
+            f"name one: {name.repository}:{configs[0]}"
         )
     config = configs[0] if name.config is None else name.config
     if config not in configs:
@@ -244,6 +260,8 @@ def failure(name: DatasetName, error: Exception) -> SourceError:
         ("datasets", "builtins")
     ):
         what = f"`datasets` finds no files to read ({error_reason(error)}); name one of its folders: hf://datasets/..."
+    elif constants.HF_HUB_OFFLINE:
+        what = f"the cache holds only a part of it ({error_reason(error)}), and HF_HUB_OFFLINE is set; unset it"
     elif http_status(error) in GONE:
         what = f"the hub does not give it ({error_reason(error)}); see {page}"
     else:

@@ -89,8 +89,8 @@ def advice(manifest: dict) -> str | None:
         )
     if tokens["val"] < FEW_TOKENS:
         return (
-            f"{tokens['val']:,} tokens are held out, too few to validate with: pass a larger {flag}, a --val_source, or "
-            "a --document_separator, if the source is one long text"
+            f"{tokens['val']:,} tokens are held out, too few to validate with: pass a larger {flag}, a --val_source, or"
+            " a --document_separator, if the source is one long text"
         )
     return None
 

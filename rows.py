@@ -206,6 +206,8 @@ def _found(line: bytes | str, error: Exception) -> str:
         return "HTML or XML where a JSON object is due"
     if text in ("{", "["):
         return "JSON that is spread over several lines; each line must hold a whole object"
+    if error.msg.startswith("Unterminated string") or error.pos >= len(text):
+        return "JSON that does not end on its line"
     return f"no whole JSON object ({error.msg} at character {error.colno})"
 
 

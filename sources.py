@@ -133,11 +133,10 @@ def open_source(
                 pin = next((pin for pin in pins if pin["name"] == str(name)), None)
                 parts.append(HubDataset(name, stream, pin))
                 continue
-            files = Files([word], [path for path in _paths(word) if path.resolve() not in ignored])
-            if parts and isinstance(parts[-1], Files):
-                before = parts.pop()
-                files = Files(before.words + files.words, before.paths + files.paths)
-            parts.append(files)
+            if not (parts and isinstance(parts[-1], Files)):
+                parts.append(Files())
+            parts[-1].places.append(Path(word).expanduser().resolve())
+            parts[-1].paths += [path for path in _paths(word) if path.resolve() not in ignored]
     source = Source(parts, options)
     formats = {file_format(path.name)[0] for part in parts if isinstance(part, Files) for path in part.paths}
     if options.document_separator is not None and ".txt" not in formats and not source.hub_parts:
@@ -222,11 +221,21 @@ class Sample:
 class Files:
     """Files of your own, one after the other. readers.py says what a document is in each format."""
 
-    def __init__(self, words: list[str], paths: list[Path]):
-        self.words, self.paths = words, paths
-        places = [Path(word).expanduser().resolve() for word in words]
-        self.name, self.label = listed(place.name for place in places), _label(places[0].name)
-        self.place = "\n".join(map(str, places))
+    def __init__(self):
+        self.places: list[Path] = []  # what the words name
+        self.paths: list[Path] = []  # the files there
+
+    @property
+    def name(self) -> str:
+        return listed(place.name for place in self.places)
+
+    @property
+    def label(self) -> str:
+        return _label(self.places[0].name)
+
+    @property
+    def place(self) -> str:
+        return "\n".join(map(str, self.places))
 
     @cached_property
     def digests(self) -> list[str]:

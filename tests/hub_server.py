@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import re
+import urllib.parse
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
@@ -19,7 +20,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if "Content_Length" not in headers:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def do_HEAD(self):
@@ -30,17 +31,19 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         hub.requests.append((self.command, self.path, request_range))
         if hub.trouble and (answer := hub.trouble(self, len(hub.requests))):
             return
-        listing = f"/api/datasets/{hub.repository}/tree/{hub.revision}/{hub.folder}"
-        resolve = f"/datasets/{hub.repository}/resolve/{hub.revision}/"
+        api, resolve = f"/api/datasets/{hub.repository}", f"/datasets/{hub.repository}/resolve/{hub.revision}/"
         path = self.path.partition("?")[0].replace("%2F", "/")
         if path == "/":
             self.answer(200)
-        elif path == listing or path.startswith(f"/api/datasets/{hub.repository}/paths-info/"):
-            entries = [self.entry(name) for name in hub.files]
-            self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
-        elif path == f"/api/datasets/{hub.repository}/revision/{hub.revision}":
-            answer = {"id": hub.repository, "sha": hub.revision, "siblings": []}
+        elif path in (api, f"{api}/revision/{hub.revision}", f"{api}/revision/main"):
+            answer = {"id": hub.repository, "sha": hub.newest if path == api else hub.revision, "siblings": []}
             self.answer(200, json.dumps(answer).encode(), Content_Type="application/json")
+        elif match := re.fullmatch(rf"{api}/tree/{hub.revision}/?(.*)", path):
+            entries = self.tree(match[1], recursive="recursive=true" in self.path.lower())
+            if entries:
+                self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
+            else:
+                self.answer(404, b"{}", X_Error_Code="EntryNotFound")
         elif path.startswith(resolve) and (body := hub.files.get(path.removeprefix(resolve))):
             size, status, headers = len(body), 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
             headers |= {"X_Repo_Commit": hub.revision, "X_Linked_Size": str(size), "Accept_Ranges": "bytes"}
@@ -51,13 +54,30 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
                 headers["Content_Range"] = f"bytes {first}-{last}/{size}"
             self.answer(status, body, **headers)
         else:
-            self.answer(404, b"no such thing", X_Error_Code="EntryNotFound")
+            known = path.startswith((api + "/", resolve))
+            self.answer(404, b"{}", X_Error_Code="EntryNotFound" if known else "RepoNotFound")
 
     def do_POST(self):  # paths-info
-        names = self.rfile.read(int(self.headers["Content-Length"])).decode().replace("%2F", "/")
-        self.server.requests.append((self.command, self.path, names))
-        entries = [self.entry(name) for name in self.server.files if name in names]
+        query = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.server.requests.append((self.command, self.path, query))
+        if self.headers["Content-Type"] == "application/json":
+            names = json.loads(query)["paths"]
+        else:
+            names = urllib.parse.parse_qs(query)["paths"]
+        entries = [entry for name in names for entry in self.tree(name.rpartition("/")[0]) if entry["path"] == name]
         self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
+
+    def tree(self, folder, recursive=False):
+        """The hub's list of what is in a folder. A folder that does not exist is empty."""
+        prefix, entries = f"{folder}/" if folder else "", {}
+        for name in self.server.files:
+            if name.startswith(prefix):
+                first, _, rest = name.removeprefix(prefix).partition("/")
+                if rest:
+                    entries[prefix + first] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": prefix + first}
+                if recursive or not rest:
+                    entries[name] = self.entry(name)
+        return list(entries.values())
 
     def entry(self, name):
         body = self.server.files[name]
@@ -71,11 +91,15 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """`files` maps paths to bytes. `trouble(handler, number of the request)` may answer a request instead."""
+    """A hub of one data set, at one commit, which is also its branch main.
+
+    `files` maps paths to bytes. `trouble(handler, number of the request)` may answer a request instead.
+    """
 
     daemon_threads = True
 
-    def __init__(self, files, repository, revision, folder):
+    def __init__(self, files, repository, revision):
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files, self.repository, self.revision, self.folder = files, repository, revision, folder
+        self.files, self.repository, self.revision = files, repository, revision
+        self.newest = revision  # the commit that a request without a revision gets
         self.requests, self.trouble, self.wrong_size = [], None, 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -93,6 +94,61 @@ def test_a_held_out_part_that_is_too_small_or_too_large_is_said(tmp_path, monkey
     assert main(monkeypatch, "--source", source, "--out_dir", tmp_path / "out", *args) == 0
     assert advice in sentence(capsys.readouterr().err)
     assert main(monkeypatch, "--verify", "--out_dir", tmp_path / "out") == 0
+
+
+def test_two_sources_never_get_the_same_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sources = [
+        "mine.jsonl",
+        "other/mine.jsonl",
+        "mine.json",
+        "mine",
+        "sample.jsonl",
+        ".x.jsonl",
+        "data/texts",
+        "a b*.jsonl",
+    ]
+    for i, name in enumerate(sources):
+        path = Path(name.replace("*", "1.jsonl"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.suffix:
+            path.mkdir()
+            path /= "1.jsonl"
+        write_jsonl(path, [f"text {i} " * 20] * 2)
+    folders = []
+    for name in sources + sources[:2]:
+        assert main(monkeypatch, "--source", name, "--vocab_size", 512, "--num_proc", 1) == 0
+        folders.append(capsys.readouterr().out.partition(":")[0])
+    assert folders[-2:] == folders[:2]
+    assert len(set(folders)) == len(sources)
+    assert folders[0] == "data/mine" and folders[5] == "data/x"
+    assert all(re.fullmatch(r"data/mine-[0-9a-f]{8}", folder) for folder in folders[1:4])
+    assert re.fullmatch(r"data/sample-[0-9a-f]{8}", folders[4])
+    assert re.fullmatch(r"data/texts-[0-9a-f]{8}", folders[6])  # data/texts is the source itself
+    assert os.listdir("data/texts") == ["1.jsonl"]
+    assert folders[7] == "data/a-b"
+
+
+def test_the_flags_of_a_source_reach_its_reader(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_bytes("caf\xe9\n--\nzwei".encode("latin-1"))
+    (tmp_path / "b.jsonl").write_text('{"body": "three"}\n[]\n')
+    (tmp_path / "val.txt").write_text("held out")
+    args = ("--source", tmp_path / "a.txt", tmp_path / "b.jsonl", "--text_column", "body", "--encoding", "latin-1")
+    args += ("--document_separator", r"\n--\n", "--skip_bad_rows", 1, "--val_source", tmp_path / "val.txt")
+    assert main(monkeypatch, *args, "--out_dir", tmp_path / "out", "--vocab_size", 600, "--num_proc", 1) == 0
+    assert "1 broken" in capsys.readouterr().out
+    train = np.load(tmp_path / "out" / "edufineweb_train_000001.npy").tolist()
+    assert train == ids_of(["café", "zwei", "three"])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_the_summary_can_be_printed_in_any_encoding(tmp_path, encoding):
+    source = write_jsonl(tmp_path / "a.jsonl", ["東京 🦙 Zürich"])
+    command = [sys.executable, REPO / "load_fineweb_dataset.py", "--source", source, "--out_dir", tmp_path / "out"]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([*command, "--num_proc", "1"], env=env, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert b"prepared in" in done.stdout
 
 
 def bad_line(path):

@@ -80,7 +80,7 @@ def client(monkeypatch, tmp_path, pins):
 
 @pytest.fixture
 def hub(client):
-    server = Hub({HUB_FILE: HUB_BYTES}, REPOSITORY, REVISION, "data")
+    server = Hub({HUB_FILE: HUB_BYTES}, REPOSITORY, REVISION)
     client(f"http://127.0.0.1:{server.server_address[1]}")
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server

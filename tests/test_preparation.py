@@ -337,6 +337,129 @@ def test_a_worker_killed_while_the_source_stalls_is_noticed(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+# ---------------------------------------------------------------- the held-out part
+
+
+def both_parts(folder, vocab_size=VOCAB):
+    """The texts of the validation shard and of the training shards."""
+    tokenizer, parts = Tokenizer(vocab_size=vocab_size), {"val": [], "train": []}
+    for shard in json.loads((folder / "manifest.json").read_text())["shards"]:
+        parts[shard["split"]] += np.load(folder / shard["file"]).tolist()
+    texts = {}
+    for split, ids in parts.items():
+        assert not ids or (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)  # no document is cut
+        ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_id]
+        begins = [0, *[end + 1 for end in ends]]
+        texts[split] = [tokenizer.decode(ids[b + 1 : e]) for b, e in zip(begins, ends, strict=False)]
+    return texts["val"], texts["train"]
+
+
+PAGES = [f"Page {i} " + "word " * (i % 7) for i in range(500)]
+
+
+def test_a_hash_of_the_text_chooses_what_is_held_out(tmp_path):
+    run([write_jsonl(tmp_path / "a.jsonl", PAGES)], tmp_path / "a", shard_size=3000, val_fraction=0.1)
+    val, train = both_parts(tmp_path / "a")
+    limit = 2**64 // 10
+    assert val == [text for text in PAGES if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < limit]
+    assert train == [text for text in PAGES if text not in val]
+    assert 30 < len(val) < 70
+    # The same documents for any order, vocabulary, shard size, number of processes and a lone duplicate.
+    order = [*PAGES, *PAGES[:100]]
+    random.Random(0).shuffle(order)
+    source = write_jsonl(tmp_path / "b.jsonl", order)
+    run([source], tmp_path / "b", shard_size=5000, val_fraction=0.1, vocab_size=512, num_proc=2)
+    other_val, other_train = both_parts(tmp_path / "b", 512)
+    assert set(other_val) == set(val) and set(other_train) == set(train)
+    assert len(other_val) + len(other_train) == len(order)
+
+
+def test_held_out_documents_beyond_the_shard_are_left_out_and_counted(tmp_path, small_batches):
+    manifest = run([write_jsonl(tmp_path / "a.jsonl", PAGES)], tmp_path / "a", shard_size=100, val_fraction=0.1)
+    val, train = both_parts(tmp_path / "a")
+    selected = [text for text in PAGES if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < 2**64 // 10]
+    assert set(val) < set(selected) and not set(train) & set(selected)
+    assert manifest["odd_documents"] == {"held out beyond the validation shard": len(selected) - len(val)}
+    assert 50 < manifest["shards"][0]["tokens"] <= 100
+    assert manifest["documents"] == len(val) + len(train) == len(PAGES) - len(selected) + len(val)
+
+
+def test_documents_for_validation_may_have_a_source_of_their_own(tmp_path, monkeypatch, small_batches):
+    own = ["Held out, one.", "Held out, two.", "", PAGES[7]]
+    val_source, source = write_jsonl(tmp_path / "val.jsonl", own), write_jsonl(tmp_path / "a.jsonl", PAGES)
+    options = {"shard_size": 100, "val_fraction": None, "val_source": [str(val_source)]}
+    manifest = run([source], tmp_path / "a", **options)
+    val, train = both_parts(tmp_path / "a")
+    assert val == [text for text in own if text]
+    assert train == PAGES[:7] + PAGES[8:]  # never on both sides
+    assert manifest["odd_documents"] == {"also in the validation source": 1}
+    assert (manifest["val_source"], manifest["val_fraction"]) == ("val.jsonl", None)
+    stop_after(monkeypatch, 30)
+    with pytest.raises(StopError):
+        run([source], tmp_path / "b", **options)
+    stop_after(monkeypatch, None)
+    run([source], tmp_path / "b", **options)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    write_jsonl(val_source, own[:2])
+    with pytest.raises(SourceError, match=r"holds other data \(val_revision"):
+        run([source], tmp_path / "b", **options)
+
+
+def test_a_source_for_validation_fills_at_most_a_shard(tmp_path):
+    val_source, source = write_jsonl(tmp_path / "val.jsonl", PAGES), write_jsonl(tmp_path / "a.jsonl", PAGES[::-1])
+    manifest = run([source], tmp_path / "a", shard_size=200, val_fraction=None, val_source=[str(val_source)])
+    val, train = both_parts(tmp_path / "a")
+    assert val == PAGES[: len(val)] and 150 < manifest["shards"][0]["tokens"] <= 200
+    assert set(train) == set(PAGES[len(val) :])
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5])
+def test_an_impossible_fraction_is_refused(tmp_path, fraction):
+    with pytest.raises(ValueError, match=f"--val_fraction {fraction}: must be at least 0 and less than 1"):
+        run([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", val_fraction=fraction)
+    with pytest.raises(ValueError, match="--val_fraction and --val_source exclude each other"):
+        run([tmp_path / "a.jsonl"], tmp_path / "out", val_fraction=0.1, val_source=["sample"])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 140)])
+def test_a_validation_shard_lost_or_cut_short_between_two_runs_is_named(tmp_path, monkeypatch, small_batches, damage):
+    source = write_jsonl(tmp_path / "a.jsonl", PAGES)
+    stop_after(monkeypatch, 100)
+    with pytest.raises(StopError):
+        run([source], tmp_path / "out", val_fraction=0.1)
+    damage(tmp_path / "out" / ".edufineweb_val_000000.npy.part")
+    with pytest.raises(ValueError, match=r"edufineweb_val_000000\.npy\.part: missing or cut short"):
+        run([source], tmp_path / "out", val_fraction=0.1)
+
+
+def test_an_unfinished_folder_without_whole_shards_is_written_again(tmp_path):
+    """A kill before the first whole shard leaves the mark alone. Then another recipe may take the folder."""
+    source = write_jsonl(tmp_path / "a.jsonl", PAGES)
+    run([source], tmp_path / "whole")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "progress.json").write_text(json.dumps({"source": "another", "shards": []}))
+    (tmp_path / "out" / ".edufineweb_val_000000.npy.part").write_bytes(b"half")
+    (tmp_path / "out" / ".edufineweb_train_000001.npy.123.tmp").write_bytes(b"half")
+    np.save(tmp_path / "out" / "edufineweb_train_000001.npy", np.zeros(100, np.uint16))  # not listed yet
+    run([source], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_folder_of_the_source_may_hold_the_shards(tmp_path, monkeypatch, small_batches):
+    (tmp_path / "texts").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        write_jsonl(tmp_path / "texts" / name, [f"{name} {text}" for text in PAGES])
+    run([tmp_path / "texts"], tmp_path / "whole")
+    stop_after(monkeypatch, 100)
+    with pytest.raises(StopError):
+        run([tmp_path / "texts"], tmp_path / "texts" / "out")
+    stop_after(monkeypatch, None)
+    run([tmp_path / "texts"], tmp_path / "texts" / "out")
+    run([tmp_path / "texts"], tmp_path / "texts" / "out")  # prepared already
+    for path in (tmp_path / "whole").glob("*.npy"):
+        assert (tmp_path / "texts" / "out" / path.name).read_bytes() == path.read_bytes()
+
+
 # ---------------------------------------------------------------- the manifest
 
 
