@@ -217,11 +217,13 @@ def http_status(error: Exception) -> int | None:
 
 
 def is_final(error: Exception) -> bool:
-    """Whether another attempt cannot help: the hub refuses, the disk is full, or a file may not be written."""
+    """Whether another attempt cannot help: the hub refuses or is not asked, the disk is full or read-only."""
+    from huggingface_hub import constants
+
     status = http_status(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 429)
-    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+    return constants.HF_HUB_OFFLINE or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
 
 
 def error_reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import atomic_write, sha256_of
+from files import allow_any_text_in_output, atomic_write, sha256_of
 from hub import GONE, error_reason, http_status, reach_hub
 from load_fineweb_dataset import SAMPLE_ROOT, SAMPLE_VOCAB_SIZE
 from preparation import prepare
@@ -161,6 +161,11 @@ def write_sample(data_root: str | Path, path: str | Path, vocab_size: int = SAMP
             ending = document[cut.end() : cut.end() + 80].rpartition(" ")[0].rstrip()
             if len(context) >= 150 and len(ending) >= 50:
                 pairs.append((context, ending))
+    if len(pairs) < SAMPLE_ROWS:
+        raise ValueError(
+            f"{data_root}: its validation shard has text for {len(pairs)} rows, and {SAMPLE_ROWS} are due; "
+            "prepare it with a larger --val_fraction"
+        )
     rng = np.random.default_rng(0)
     pairs = [pairs[i] for i in rng.choice(len(pairs), size=SAMPLE_ROWS, replace=False)]
     with atomic_write(path, "w") as file:
@@ -181,6 +186,7 @@ def main() -> int:
     source.add_argument("--from", dest="source", metavar="FILE", help=f"a local copy of {FILE_NAME} or the hub's file")
     source.add_argument("--sample", action="store_true", help="write the offline sample instead; needs no network")
     args = parser.parse_args()
+    allow_any_text_in_output()
     try:
         if args.sample:
             prepare(["sample"], SAMPLE_ROOT, vocab_size=SAMPLE_VOCAB_SIZE)

@@ -98,22 +98,7 @@ def prepare(
     own_files = [out_dir / MANIFEST, out_dir / PROGRESS]  # `out_dir` may lie in a folder of the source
     opened = open_source(source, options, stream=stream, pins=pins, ignored=own_files)
     val_opened = open_source(val_source, options, stream=stream, pins=pins, ignored=own_files) if val_source else None
-    recipe = {
-        "format_version": SHARD_FORMAT_VERSION,
-        "source": opened.name,
-        "revision": opened.revision,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "vocab_size": vocab_size,
-        "dtype": token_dtype(vocab_size).name,
-        "shard_size": shard_size,
-        "max_tokens": max_tokens,
-        "text_column": options.text_column,
-        "encoding": options.encoding,
-        "document_separator": options.document_separator,
-        "val_fraction": None if val_source else val_fraction,
-        "val_source": val_opened.name if val_opened else None,
-        "val_revision": val_opened.revision if val_opened else None,
-    }
+    recipe = _recipe(opened, val_opened, tokenizer, shard_size, max_tokens, None if val_source else val_fraction)
     if is_prepared(out_dir):
         return _compared(read_mark(out_dir), recipe, out_dir)
     try:
@@ -125,6 +110,33 @@ def prepare(
         raise SourceError(f"{opened.name}: not UTF-8 ({error.reason}); replace the file") from error
     except FolderLocked as error:
         raise SourceError(f"{out_dir}: another run is preparing it; wait for its end") from error
+
+
+def _recipe(
+    source: Source,
+    val_source: Source | None,
+    tokenizer: Tokenizer,
+    shard_size: int | None,
+    max_tokens: int | None,
+    val_fraction: float | None,
+) -> dict[str, Any]:
+    """What decides the bytes of the folder. The manifest and progress.json begin with it."""
+    return {
+        "format_version": SHARD_FORMAT_VERSION,
+        "source": source.name,
+        "revision": source.revision,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "shard_size": shard_size,
+        "max_tokens": max_tokens,
+        "text_column": source.options.text_column,
+        "encoding": source.options.encoding,
+        "document_separator": source.options.document_separator,
+        "val_fraction": val_fraction,
+        "val_source": val_source.name if val_source else None,
+        "val_revision": val_source.revision if val_source else None,
+    }
 
 
 # ---------------------------------------------------------------- which documents are held out
@@ -147,7 +159,7 @@ class HeldOut:
         Args:
             room: tokens that the validation shard has room for. A document goes there whole, or not at all.
         """
-        parts, notes = np.full(len(batch.lengths), TRAIN), dict(batch.notes)
+        parts, notes = np.full(len(batch.lengths), TRAIN, dtype=np.int8), dict(batch.notes)
         if self.hashes is not None:
             left_out, reason = np.flatnonzero(np.isin(batch.hashes, self.hashes) & (batch.lengths > 0)), IN_VAL_SOURCE
         else:
@@ -265,9 +277,7 @@ def _write_shards(
         if max_tokens is not None and progress.tokens + tokens[-1] >= max_tokens:  # cut after the document that does it
             parts = parts[: np.searchsorted(tokens, max_tokens - progress.tokens) + 1]
         documents = len(parts)
-        part_of_id = np.repeat(parts, batch.lengths[:documents])
-        ids = batch.ids[: len(part_of_id)]
-        train = ids[part_of_id == TRAIN]
+        train, held_out_ids = (_ids_of(batch, parts, part) for part in (TRAIN, VAL))
         written = min(skip, len(train))
         skip -= written
         while written < len(train):
@@ -277,7 +287,7 @@ def _write_shards(
             if not writer.filled:  # the shard is full, and the writer has closed it
                 val.sync()
                 save()
-        val.add(ids[part_of_id == VAL])
+        val.add(held_out_ids)
         bar.update(int(tokens[documents - 1]))
         progress.document += documents
         progress.tokens += int(tokens[documents - 1])
@@ -285,6 +295,16 @@ def _write_shards(
         progress.val = dict(val.counts)
         odd_documents = Counter(kind for i, kind in notes.items() if i < documents)
         progress.odd_documents = dict(Counter(progress.odd_documents) + odd_documents)
+
+
+def _ids_of(batch: Tokenized, parts: np.ndarray, part: int) -> np.ndarray:
+    """The ids of the documents of one part, for the first `len(parts)` documents. Slices are faster than a mask."""
+    ends = np.cumsum(batch.lengths[: len(parts)])
+    borders = np.flatnonzero(np.diff(parts)) + 1  # the documents that begin a run of documents of another part
+    runs = np.split(batch.ids[: ends[-1]], ends[borders - 1])
+    return np.concatenate(
+        [batch.ids[:0], *(run for run, i in zip(runs, [0, *borders], strict=True) if parts[i] == part)]
+    )
 
 
 def _check_disk(source: Source, out_dir: Path, recipe: dict, tokens: int) -> None:

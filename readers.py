@@ -79,35 +79,25 @@ class Reader:
             OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error: the file is damaged.
         """
         suffix, compression = file_format(name)
-        in_columns = suffix in (".parquet", ".arrow")
-        with open_file() as file, _decompressed(file, compression, seekable=in_columns) as content:
-            if in_columns:
-                if fingerprint is not None:
-                    self.digest.update(fingerprint.encode())
-                parts = (_parquet_parts if suffix == ".parquet" else _arrow_parts)(content, name, self.options)
-                yield from self._column_batches(parts)
-                return
-            try:
+        in_columns = suffix in COLUMN_FORMATS
+        with open_file() as file, _decompressed(file, compression, seekable=in_columns) as content, _text_named(name):
+            if not in_columns:
                 yield from self._row_batches(name, content, suffix, fingerprint is not None)
-            except UnicodeDecodeError as error:
-                byte = error.object[error.start]
-                raise SourceError(
-                    f"{name}: not {error.encoding} (byte 0x{byte:02x}: {error.reason}); "
-                    "pass --encoding (latin-1, gbk, utf-16, ...), or leave the file out if it is no text"
-                ) from error
+                return
+            if fingerprint is not None:
+                self.digest.update(fingerprint.encode())
+            yield from self._column_batches(COLUMN_FORMATS[suffix](content, name, self.options))
 
     def check(self, name: str, open_file: Callable[[], IO[bytes]]) -> None:
-        """Raises what `read` raises if a file whose columns stand at its beginning or end has no column of text."""
+        """Raises what `read` raises if the file names its columns, and none of them is the column of text."""
         suffix, compression = file_format(name)
-        if compression or suffix not in (".parquet", ".arrow", ".csv"):
+        if compression or suffix not in (".csv", *COLUMN_FORMATS):
             return
-        with open_file() as content:
+        with open_file() as content, _text_named(name):
             if suffix == ".csv":
                 open_rows(content, name, suffix, self.options)
             else:
-                next(
-                    iter((_parquet_parts if suffix == ".parquet" else _arrow_parts)(content, name, self.options)), None
-                )
+                next(COLUMN_FORMATS[suffix](content, name, self.options), None)
 
     def _row_batches(self, name: str, content: IO[bytes], suffix: str, hashed: bool) -> Iterator[Batch]:
         rows, parse, unit = open_rows(content, name, suffix, self.options)
@@ -178,6 +168,19 @@ def _decompressed(file: IO[bytes], compression: str, seekable: bool) -> Iterator
             yield unpacked
 
 
+@contextmanager
+def _text_named(name: str) -> Iterator[None]:
+    """Make a SourceError that names the file of bytes that are no text in its encoding."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise SourceError(
+            f"{name}: not {error.encoding} (byte 0x{byte:02x}: {error.reason}); "
+            "pass --encoding (latin-1, gbk, utf-16, ...), or leave the file out if it is no text"
+        ) from error
+
+
 # ---------------------------------------------------------------- columns: Parquet, Arrow
 
 
@@ -211,6 +214,9 @@ def _arrow_parts(content: IO[bytes], name: str, options: ReadOptions) -> Iterato
         batches = (arrow.get_batch(i) for i in range(arrow.num_record_batches)) if is_file else arrow
         for batch in batches:
             yield batch.num_rows, lambda batch=batch: [_as_text(batch.column(options.text_column))]
+
+
+COLUMN_FORMATS = {".parquet": _parquet_parts, ".arrow": _arrow_parts}
 
 
 def check_column(schema: Any, name: str, column: str) -> None:

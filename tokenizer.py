@@ -144,7 +144,11 @@ class Tokenizer:
         outside = [i for i in ids if not 0 <= i < self.vocab_size]
         if outside:
             raise ValueError(f"id {outside[0]} is outside the vocabulary of {self.vocab_size}")
-        return self._encoding.decode(ids)
+        return b"".join([self._tokens[i] for i in ids]).decode("utf-8", errors="replace")
+
+    @cached_property
+    def _tokens(self) -> list[bytes]:
+        return [*self._text_tokens, *(name.encode() for name in self.special_tokens)]
 
     def token_byte_lengths(self) -> np.ndarray:
         """Number of bytes of each id, (V,) int64; 0 for control ids. Converts nats a token to bits a byte."""

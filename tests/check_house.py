@@ -18,11 +18,12 @@ UNKNOWN = {  # what a file must not import, neither itself nor through other fil
     "model": {"files", "config", "hardware", "checkpoints", "tokenizer", "shards"},
     "tokenizer": {"model", "shards", "torch"},
     "shards": {"sources", "workers", "model", "torch"},
+    "rows": {"sources", "hub", "tokenizer", "shards"},
     "sources": {"tokenizer", "shards", "torch"},
     "dataloaders": {"model", "sources", "workers"},
     "hardware": {"config", "model", "model_utils"},
-    "generate": {"sources", "workers", "load_fineweb_dataset"},
-    "hellaswag_utils": {"sources", "workers", "load_fineweb_dataset"},
+    "generate": {"sources", "workers", "preparation"},
+    "hellaswag_utils": {"sources", "workers", "preparation"},
     **{name: {"torch"} for name in ("load_fineweb_dataset", "load_hellaswag_dataset", "threads", "files", "report")},
 }
 

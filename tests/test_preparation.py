@@ -309,6 +309,29 @@ def test_when_a_worker_is_killed_the_run_ends_says_why_and_keeps_whole_shards(tm
     assert all_ids(tmp_path / "out") == ids_of([text for text in texts if text])
 
 
+WORKER_THAT_CANNOT_START = """
+import multiprocessing, sys
+import load_fineweb_dataset
+
+if multiprocessing.current_process().name != "MainProcess":  # a worker, which imports this file
+    sys.exit("no room for this worker")
+
+if __name__ == "__main__":
+    sys.exit(load_fineweb_dataset.main())
+"""
+
+
+def test_a_worker_that_cannot_start_is_not_called_out_of_memory(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    args = ["--source", source, "--out_dir", tmp_path / "out", "--vocab_size", 600, "--num_proc", 2]
+    done = run_script(tmp_path / "script.py", WORKER_THAT_CANNOT_START, *args)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "a worker process could not start (exit status 1; its error is above)" in last
+    assert "--num_proc 1" in last and "if memory ran out" not in last
+    assert not (tmp_path / "out").exists()
+
+
 WORKER_THAT_DIES_IDLE = """
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
