@@ -13,9 +13,9 @@ import torch
 
 from config import Config, config_as_dict
 from dataloaders import TrainWindows
-from files import atomic_write
+from files import atomic_write, check_free_space
 from model import Transformer
-from optimizers import load_moments
+from optimizers import Muon, load_moments
 
 CHECKPOINT_FORMAT_VERSION = 1
 
@@ -134,6 +134,24 @@ class TrainState:
             "run_id": self.run_id,
         }
 
+    def check_room(self, folder: Path, cfg: Config) -> None:
+        """Raises OSError unless the disk has room for the checkpoints that the rest of the run will write to `folder`.
+
+        At most it holds the newest ones, the best one, and the next one while it is written.
+        """
+        if self.step >= cfg.max_steps:
+            return
+        saves = math.ceil(cfg.max_steps / cfg.save_every) - self.step // cfg.save_every if cfg.save_every else 1
+        there = len(checkpoints_in(folder)) if self.step else 0  # if this run is new, an older run is moved aside
+        count = max(1, min(saves, cfg.keep_checkpoints + 2 - there))
+        try:
+            check_free_space([(folder, count * checkpoint_bytes(self.model, self.optimizers))])
+        except OSError as error:
+            raise OSError(
+                f"{folder}: will get up to {count} checkpoint{'s' if count > 1 else ''}, so it {error.strerror}, lower "
+                "--keep_checkpoints, or choose another --out_dir"
+            ) from error
+
     def resume(self, path: Path, cfg: Config, device: torch.device) -> None:
         """Take up the run that saved the checkpoint at `path`.
 
@@ -148,6 +166,15 @@ class TrainState:
         load_moments(self.optimizers, checkpoint["optimizers"])
         restore_random_state(checkpoint["random_state"])
         self.step, self.best_val_loss, self.run_id = (checkpoint[k] for k in ("step", "best_val_loss", "run_id"))
+
+
+def checkpoint_bytes(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> int:
+    """The size of a checkpoint, up to a few names: weights, two moments of AdamW for each, or one of Muon."""
+    sizes = [sum(p.nbytes for p in model.parameters())]
+    for optimizer in optimizers:
+        moments = 1 if isinstance(optimizer, Muon) else 2
+        sizes += [moments * p.nbytes for group in optimizer.param_groups for p in group["params"]]
+    return sum(sizes)
 
 
 def check_run(path: Path, checkpoint: dict, config: dict) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -299,15 +300,22 @@ class MetricsLog:
 
 
 def open_run_folder(cfg: Config) -> None:
-    """Make out_dir and its config.json. An earlier run there is moved aside, not lost, unless this run resumes it."""
+    """Make out_dir and its config.json. An earlier run there is moved aside, not lost, unless this run resumes it.
+
+    Raises:
+        OSError: out_dir or its checkpoints/ cannot be written to. A run would find the latter hours later.
+    """
     out_dir = Path(cfg.out_dir)
-    if not cfg.resume and ((out_dir / "metrics.jsonl").is_file() or any(out_dir.glob("checkpoints/*.pt"))):
-        aside = next(p for i in itertools.count(1) if not (p := out_dir.with_name(f"{out_dir.name}.{i}")).exists())
-        out_dir.rename(aside)
-        print(f"{out_dir} held an earlier run, now in {aside}; --resume True would have gone on with it")
-    (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with atomic_write(out_dir / "config.json", "w") as file:
-        json.dump(config_as_dict(cfg), file, indent=1)
+    try:
+        if not cfg.resume and ((out_dir / "metrics.jsonl").is_file() or any(out_dir.glob("checkpoints/*.pt"))):
+            aside = next(p for i in itertools.count(1) if not (p := out_dir.with_name(f"{out_dir.name}.{i}")).exists())
+            out_dir.rename(aside)
+            print(f"{out_dir} held an earlier run, now in {aside}; --resume True would have gone on with it")
+        (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out_dir / "checkpoints"), atomic_write(out_dir / "config.json", "w") as file:
+            json.dump(config_as_dict(cfg), file, indent=1)
+    except OSError as error:
+        raise OSError(f"out_dir={out_dir}: cannot be written to ({error}); choose another --out_dir") from error
 
 
 class Records:

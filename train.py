@@ -22,7 +22,7 @@ import torch
 import hellaswag_utils
 from checkpoints import TrainState, checkpoints_in, save_checkpoint
 from config import Config, local_device, local_rank, read_config, world_size
-from dataloaders import BLOCK, BatchLayout, TrainWindows, open_streams
+from dataloaders import BLOCK, BatchLayout, TrainWindows, open_streams, validation_batches
 from evaluation import draw_samples, score_hellaswag, validate
 from files import allow_any_text_in_output
 from load_hellaswag_dataset import write_sample
@@ -141,6 +141,7 @@ def train(cfg: Config, process: Process) -> int:
     if saved:
         state.resume(saved[0], cfg, device)
         process.print(f"resuming from {saved[0]} after step {state.step}")
+    run_on_rank_zero(partial(state.check_room, out_dir / "checkpoints", cfg), process)
     model = wrap_model(bare_model, optimizers, cfg, process)  # trains the parameters of bare_model
     records = Records(bare_model, cfg, process, state.run_id, last_step=state.step if saved else -1)
     process.print(describe(cfg, process, data, records))
@@ -230,7 +231,7 @@ def open_data(cfg: Config, process: Process) -> RunData:
     """Open the data of the run, after writing the sample's if that is asked for and not there.
 
     Raises:
-        ValueError, OSError: data that is missing, does not fit the model, or is damaged; a prompt that is too long.
+        ValueError, OSError: data that is missing, too short, damaged, or does not fit the model; a prompt too long.
     """
     run_on_rank_zero(partial(prepare_sample, cfg), process)
     tokenizer = Tokenizer(vocab_size=cfg.model.vocab_size)
@@ -244,6 +245,8 @@ def open_data(cfg: Config, process: Process) -> RunData:
     accumulation = cfg.total_batch_size // (cfg.batch_size * cfg.model.max_seq_len * process.world_size)
     layout = BatchLayout(cfg.model.max_seq_len, cfg.batch_size, accumulation, process.rank, process.world_size)
     windows = TrainWindows(train_streams, layout, seed=cfg.seed)
+    # The end of every run is validated. So try now whether the data fill a batch: the first one, on every rank alike.
+    next(validation_batches(val_streams, replace(layout, rank=0), max_tokens=cfg.val_tokens))
     examples = []
     if cfg.hellaswag_every:
         examples = hellaswag_utils.load_examples(cfg.hellaswag_path, tokenizer, cfg.hellaswag_limit or None)

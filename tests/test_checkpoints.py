@@ -12,6 +12,7 @@ import torch
 from test_model_utils import TIED, TINY
 
 from checkpoints import (
+    checkpoint_bytes,
     checkpoints_in,
     find_checkpoint,
     load_checkpoint,
@@ -63,6 +64,22 @@ def test_checkpoint_brings_back_model_optimizers_and_random_state(tmp_path, opti
         torch.testing.assert_close(one.state_dict()["state"], saved["state"], rtol=0, atol=0)
     restore_random_state(checkpoint["random_state"])
     assert torch.equal(torch.rand(3), drawn[0]) and random.random() == drawn[1]
+
+
+@pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_bytes_of_a_checkpoint_are_known_before_the_first_step(tmp_path, optimizer, config):
+    model = Transformer(config)
+    cfg = replace(ORIGINAL, optimizer=optimizer, model=config)
+    optimizers = build_optimizers(model, cfg)
+    expected = checkpoint_bytes(model, optimizers)
+    tokens = torch.randint(512, (2, 16))
+    model(tokens, tokens).backward()
+    for one in optimizers:
+        one.step()
+    extra = {"optimizers": [one.state_dict() for one in optimizers]}
+    size = save_checkpoint(tmp_path, checkpoint_at(7, model) | extra, keep=1, is_best=False).stat().st_size
+    assert expected <= size < expected + 40_000  # the file also holds names
 
 
 def test_tied_weights_are_tied_after_loading(tmp_path):

@@ -5,6 +5,7 @@ Runs have one process or two. They are stopped and resumed, refused for bad flag
 directory are subprocesses. Module-scoped fixtures share runs between tests.
 """
 
+import errno
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -1205,6 +1207,82 @@ def test_flag_that_would_break_the_first_evaluation_is_refused_at_the_start(
     result = train_here(flags_for("run", max_steps=2, generate_every=2, hellaswag_every=2, **changes))
     assert_refused(result, word)
     assert not Path("run").exists()
+
+
+@pytest.fixture
+def corpus_with_validation(tiny_corpus, tmp_path):
+    """A function that copies the corpus and gives the copy other validation ids."""
+
+    def change(ids: np.ndarray) -> Path:
+        root = shutil.copytree(tiny_corpus, tmp_path / "corpus")
+        manifest = json.loads((root / "manifest.json").read_text())
+        manifest["shards"][0]["tokens"] = len(ids)
+        (root / "manifest.json").write_text(json.dumps(manifest))
+        np.save(root / manifest["shards"][0]["file"], ids.astype(manifest["dtype"]))
+        return root
+
+    return change
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 32])
+@pytest.mark.parametrize("val_every", [0, 10])
+def test_validation_data_shorter_than_a_sequence_is_refused_at_the_start(
+    flags_for, tmp_path, corpus_with_validation, tokens, val_every
+):
+    """The end of a run is validated even if `val_every` is 0."""
+    root = corpus_with_validation(np.zeros(tokens))
+    result = train_here(flags_for(tmp_path / "run", data_root=root, val_every=val_every, max_steps=2))
+    assert_refused(result, f"{root}: {tokens} validation tokens do not fill one sequence of 32", "--model.max_seq_len")
+    assert len(result.err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_disk_for_the_checkpoints_is_refused_at_the_start(flags_for, tmp_path, monkeypatch):
+    """The run needs room for the newest two, for the best one, and for the next one while it is written."""
+    flags = flags_for(tmp_path / "run", max_steps=40, save_every=5, keep_checkpoints=2, val_every=0)
+    assert train_here([*flags, "--max_steps", "5"]).status == 0
+    before, size = files_in(tmp_path), (tmp_path / "run/checkpoints/step_00000005.pt").stat().st_size
+    usage = shutil.disk_usage(tmp_path)
+    for extra, count, free in [
+        (["--max_steps", "5"], 1, size // 2),
+        ([], 4, 3 * size),
+        (["--keep_checkpoints", "100"], 8, 7 * size),
+        (["--resume", "True"], 3, 2 * size),  # one is there already
+        (["--resume", "True", "--save_every", "0"], 1, size // 2),
+    ]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        result = train_here([*flags, *extra])
+        assert_refused(result, str(tmp_path / "run/checkpoints"), f"up to {count} checkpoint", f"has {free:,}")
+        assert_refused(result, "--keep_checkpoints", "--out_dir")
+        assert len(result.err.splitlines()) == 1
+        assert files_in(tmp_path) == before  # the earlier run is still in its place
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * size))
+    assert train_here([*flags, "--resume", "True", "--max_steps", "6"]).status == 0
+
+
+def test_folder_that_cannot_be_written_to_is_refused_at_the_start(flags_for, tmp_path, monkeypatch):
+    """The first checkpoint may come hours later. Root may write everywhere, so here the system refuses new files."""
+    run, real_open = tmp_path / "run", os.open
+    flags = flags_for(run, max_steps=2, val_every=0)
+
+    def open_elsewhere(path, *args, **kwargs):
+        if run / "checkpoints" in (Path(os.fsdecode(path)), Path(os.fsdecode(path)).parent):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fsdecode(path))
+        return real_open(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", open_elsewhere)
+        results = [train_here(flags)]
+    shutil.rmtree(run)
+    run.mkdir()
+    (run / "checkpoints").touch()  # a file where a folder should be
+    results.append(train_here(flags))
+    shutil.rmtree(run)
+    run.touch()
+    results.append(train_here(flags))
+    for result, reason in zip(results, ["Permission denied", "File exists", "Not a directory"], strict=True):
+        assert_refused(result, f"out_dir={run}: ", reason, "choose another --out_dir")
+        assert len(result.err.splitlines()) == 1 and "step " not in result.out
 
 
 def test_error_of_a_rank_that_is_not_the_first_is_printed(flags_for, tmp_path, monkeypatch):
