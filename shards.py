@@ -276,7 +276,7 @@ class TokenStream:
         Raises:
             ValueError: an id is outside the vocabulary.
         """
-        pieces = []
+        pieces = [np.empty(0, dtype=np.int64)]
         for index in range(np.searchsorted(self.ends, start, side="right"), len(self.ends)):
             begin = self.ends[index] - len(self.shards[index])
             if begin >= stop:

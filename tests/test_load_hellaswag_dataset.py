@@ -318,8 +318,8 @@ def test_the_sample_does_not_touch_the_prepared_corpus(sample, tmp_path, monkeyp
 
 
 def test_a_validation_shard_with_too_little_text_is_named(tmp_path):
-    prepare(["sample"], tmp_path / "few", vocab_size=600, max_tokens=3000, val_fraction=0.9, show_progress=False)
-    with pytest.raises(ValueError, match=r"few: its validation shard has text for \d+ rows, and 200 are due"):
+    prepare(["sample"], tmp_path / "few", vocab_size=600, max_tokens=3000, val_fraction=0, show_progress=False)
+    with pytest.raises(ValueError, match=r"few: its validation shard has text for 0 rows, and 200 are due"):
         write_sample(tmp_path / "few", tmp_path / "rows.jsonl", 600)
     assert not (tmp_path / "rows.jsonl").exists()
 
