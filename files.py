@@ -20,20 +20,30 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path` for writing. On success it is synced to the disk and renamed to `path`.
 
     After a crash or a power cut `path` is the old file or the whole new one. After an exception the temporary file is
-    gone and `path` is untouched. Python does not say which file met a full disk, so that error gets the name `path`.
+    gone and `path` is untouched. The error of a full disk names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        replace_synced(temporary, path)
-    except BaseException as error:
+        with full_disk_named(path):
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            replace_synced(temporary, path)
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+        raise
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Name `path` in the error of a full disk. Python does not say which file met it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
             error.strerror, error.filename = f"{error.strerror}; make room", str(path)
         raise
 

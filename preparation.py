@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from files import FolderLocked, atomic_write, check_free_space, lock_folder, replace_synced
+from files import FolderLocked, atomic_write, check_free_space, full_disk_named, lock_folder, replace_synced
 from rows import ReadOptions, SourceError
 from shards import (
     MANIFEST,
@@ -226,7 +226,7 @@ def _write_folder(
         _check_disk(source, out_dir, recipe, progress.tokens)
         if not progress.shards:
             _save_progress(out_dir, recipe | about, progress)
-        with ValidationShard(out_dir, tokenizer, {} if val_source else progress.val) as val:
+        with full_disk_named(out_dir), ValidationShard(out_dir, tokenizer, {} if val_source else progress.val) as val:
             held_out = HeldOut(recipe["val_fraction"])
             if val_source:
                 held_out = HeldOut(None, _write_val_source(val_source, val, tokenizer, num_proc, shard_size))

@@ -186,7 +186,9 @@ def _text_of(row: Any, column: str) -> Any:
     if not isinstance(row, dict):
         raise BadRowError(f"{JSON_TYPES[type(row)]} where an object with {column!r} is due")
     if column not in row:
-        raise BadRowError(f"no {column!r} in the object, only {listed(row)} (--text_column names another)")
+        texts = [key for key, value in row.items() if isinstance(value, str)]
+        cure = f"pass --text_column {texts[0]}" if len(texts) == 1 else "--text_column names another"
+        raise BadRowError(f"no {column!r} in the object, only {listed(row)} ({cure})")
     return row[column]
 
 

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import json
@@ -21,6 +22,7 @@ import sources
 from load_fineweb_dataset import SAMPLE_VOCAB_SIZE
 from preparation import prepare
 from rows import SourceError
+from shards import ValidationShard
 from tokenizer import Tokenizer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -850,6 +852,23 @@ def test_the_users_own_files_in_the_folder_survive_a_failure(tmp_path):
     with pytest.raises(SourceError):
         run([tmp_path / "a.jsonl"], tmp_path / "out")
     assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
+
+
+def test_a_full_disk_is_named_and_whole_shards_stay(tmp_path, monkeypatch, small_batches):
+    source, write = write_jsonl(tmp_path / "a.jsonl", PAGES), ValidationShard.add
+
+    def full(self, ids):
+        if self.counts["tokens"] > 300:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, ids)
+
+    monkeypatch.setattr(ValidationShard, "add", full)
+    with pytest.raises(OSError, match=rf"No space left on device; make room: '{tmp_path / 'out'}'"):
+        run([source], tmp_path / "out", shard_size=1000, val_fraction=0.1)
+    monkeypatch.undo()
+    run([source], tmp_path / "out", shard_size=1000, val_fraction=0.1)
+    run([source], tmp_path / "whole", shard_size=1000, val_fraction=0.1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- the sample

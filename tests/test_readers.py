@@ -262,6 +262,7 @@ KINDS = {
     '{"text": "a"} end': "an object and something after it",
     "{'text': 'a'}": "single quotes where JSON has double quotes",
     '{"title": "a", "body": "b"}': "no 'text' in the object, only title, body (--text_column names another)",
+    '{"id": 3, "body": "b"}': "no 'text' in the object, only id, body (pass --text_column body)",
     "{}": "no 'text' in the object, only nothing",
     "<html>": "HTML or XML where a JSON object is due",
     "{": "JSON that is spread over several lines",
