@@ -863,7 +863,7 @@ def test_a_full_disk_is_named_and_whole_shards_stay(tmp_path, monkeypatch, small
         write(self, ids)
 
     monkeypatch.setattr(ValidationShard, "add", full)
-    with pytest.raises(OSError, match=rf"No space left on device; make room: '{tmp_path / 'out'}'"):
+    with pytest.raises(OSError, match=rf"No space left on device; make room: '{tmp_path / 'out'}"):
         run([source], tmp_path / "out", shard_size=1000, val_fraction=0.1)
     monkeypatch.undo()
     run([source], tmp_path / "out", shard_size=1000, val_fraction=0.1)
