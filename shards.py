@@ -248,7 +248,8 @@ class TokenStream:
             raise ValueError(f"{path}: written with another tokenizer than tokenizer.model; prepare the folder anew")
         shards = [shard for shard in self.manifest["shards"] if shard["split"] == split]
         if not shards:
-            raise ValueError(f"{path}: lists no {split} shard; prepare the folder anew, with a smaller --shard_size")
+            change = "larger" if split == "val" else "smaller"
+            raise ValueError(f"{path}: lists no {split} shard; prepare the folder anew with a {change} --val_fraction")
 
         self.dtype, self.vocab_size = np.dtype(self.manifest["dtype"]), vocab_size
         self.files = [shard["file"] for shard in shards]

@@ -152,7 +152,7 @@ def test_another_dtype_than_the_vocabularys_is_refused(folder, dtype):
 def test_a_folder_without_the_split_is_refused(tmp_path):
     root = write_folder(tmp_path, train=())
     assert len(open_stream(root, "val")) == 61
-    with pytest.raises(ValueError, match=r"manifest\.json: lists no train shard.*smaller --shard_size"):
+    with pytest.raises(ValueError, match=r"manifest\.json: lists no train shard.*smaller --val_fraction"):
         open_stream(root, "train")
 
 
