@@ -243,7 +243,7 @@ def validation_batches(
         if num_windows < 1:
             raise ValueError(
                 f"{stream.root}: {len(stream)} validation tokens do not fill one sequence of {T} and its target; "
-                "prepare the folder with more documents or a larger --shard_size, or lower --model.max_seq_len"
+                "prepare the folder with more documents or a larger --val_fraction, or lower --model.max_seq_len"
             )
         windows += [(stream, w) for w in range(num_windows)]
     mine = windows[layout.rank :: layout.world_size]

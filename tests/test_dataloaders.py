@@ -416,7 +416,7 @@ def test_too_few_validation_tokens_are_refused(tmp_path):
     enough = open_stream(write_folder(tmp_path / "enough", val=(T + 1,)), "val")
     assert len(list(validation_batches([enough], layout, max_tokens=1000))) == 1
     few = open_stream(write_folder(tmp_path / "few", val=(T,)), "val")
-    with pytest.raises(ValueError, match=f"{T} validation tokens .*--shard_size") as error:
+    with pytest.raises(ValueError, match=f"{T} validation tokens .*--val_fraction") as error:
         list(validation_batches([few], layout, max_tokens=1000))
     assert str(tmp_path / "few") in str(error.value)
 

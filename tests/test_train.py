@@ -36,8 +36,8 @@ from checkpoints import load_checkpoint
 from config import read_config
 from dataloaders import BatchLayout, validation_batches
 from generate import complete
-from load_fineweb_dataset import prepare
 from model_utils import load_model
+from preparation import prepare
 from shards import TokenStream
 from tokenizer import Tokenizer
 
@@ -76,14 +76,15 @@ def plain_environment():
 
 @pytest.fixture(scope="module")
 def tiny_corpus(tmp_path_factory) -> Path:
-    """Random words: 8,800 training tokens, so that 40 steps of 256 cross from one epoch into the next."""
+    """Random words: about 8,100 training tokens, so that 40 steps of 256 cross from one epoch into the next."""
     folder = tmp_path_factory.mktemp("corpus")
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(100)]
     for i in range(5):
         (folder / f"{i}.txt").write_text(" ".join(draw.choices(words, k=380)))
     root = folder / "prepared"
-    manifest = prepare([str(folder / f"{i}.txt") for i in range(5)], root, vocab_size=VOCAB, show_progress=False)
+    files = [str(folder / f"{i}.txt") for i in range(5)]
+    manifest = prepare(files[1:], root, vocab_size=VOCAB, val_source=files[:1], show_progress=False)
     training_tokens = manifest["shards"][1]["tokens"]
     assert 20 * TOKENS_PER_STEP < training_tokens < STEPS * TOKENS_PER_STEP
     return root
@@ -240,7 +241,7 @@ validation_batches, calls = dataloaders.validation_batches, 0
 def interrupted(*args, **kwargs):
     global calls
     calls += 1
-    if calls == 2 and RANK == 1:  # the first is at step 0
+    if calls == 3 and RANK == 1:  # the first checks the data, the second is at step 0
         os.kill(os.getpid(), signal.SIGTERM)
     return validation_batches(*args, **kwargs)
 
