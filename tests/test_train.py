@@ -535,7 +535,8 @@ def write_corpus(folder: Path, seed: int) -> Path:
     with open(folder / "texts.jsonl", "w") as file:
         for _ in range(300):
             file.write(json.dumps({"text": " ".join(draw.choices(["one", "two", "three", "four"], k=14))}) + "\n")
-    prepare([str(folder / "texts.jsonl")], folder / "prepared", vocab_size=VOCAB, show_progress=False)
+    options = {"vocab_size": VOCAB, "val_fraction": 0.1, "show_progress": False}
+    prepare([str(folder / "texts.jsonl")], folder / "prepared", **options)
     return folder / "prepared"
 
 
