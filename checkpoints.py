@@ -1,109 +1,108 @@
-"""Checkpoints: written whole or not at all, found, pruned, and read without running any code in them."""
+"""A checkpoint is a folder that any program for Hugging Face's models reads as it lies there. No code in it is run.
 
+    step_00001000/
+        model.safetensors             weights in float32, with Hugging Face's names and order (layouts.py)
+        config.json, generation_config.json, tokenizer.json, tokenizer_config.json
+        training_state/
+            optimizer.safetensors     the optimizers' moments, by the names of our parameters
+            state.json                step, position in the data, random state, configuration, best loss, run id
+        checkpoint.json               format version, size and sha256 of each file; a folder without it is not whole
+
+The folder is written under another name and renamed when all of it is on the disk. The file `best` beside the
+checkpoints holds the name of the one with the lowest validation loss.
+"""
+
+import json
 import math
 import os
+import platform
 import random
 import shutil
 import uuid
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from config import Config, config_as_dict
 from dataloaders import TrainWindows
-from files import atomic_write, check_free_space
-from model import Transformer
-from optimizers import Muon, load_moments
+from files import atomic_folder, atomic_write, check_free_space, sha256_of
+from model import ModelConfig, Transformer
+from model_folders import (
+    BEST,
+    CHECKPOINT_FORMAT_VERSION,
+    MARK,
+    best_in,
+    checkpoints_in,
+    load_weights,
+    opened,
+    verify_checkpoint,
+    write_json,
+    write_model,
+)
+from optimizers import Muon
 
-CHECKPOINT_FORMAT_VERSION = 1
+MOMENTS, STATE = "training_state/optimizer.safetensors", "training_state/state.json"
 
 
-# ---------------------------------------------------------------- files
-
-
-def checkpoints_in(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(Path(folder).glob("step_*.pt"))
+# ---------------------------------------------------------------- folders
 
 
 def save_checkpoint(folder: str | Path, checkpoint: dict, *, keep: int, is_best: bool) -> Path:
-    """Write `folder/step_NNNNNNNN.pt` whole or not at all, then delete all but the newest `keep`. Return its path.
+    """Write `folder/step_NNNNNNNN` whole or not at all, then delete all but the newest `keep` and the best one.
 
-    With `is_best`, `folder/best.pt` becomes another name of the same file. It stays when the step is deleted.
+    Sharded models would gather their tensors here, one at a time.
+
+    Args:
+        checkpoint: "step"; "config", a configuration as plain data; "model", the weights by our names; "moments", those
+            of the optimizers by our names; anything else is plain data.
 
     Raises:
-        OSError: the file could not be written (a full disk). The older checkpoints are untouched.
+        OSError: the folder could not be written (a full disk). The older checkpoints are untouched.
     """
-    path = Path(folder) / f"step_{checkpoint['step']:08d}.pt"
-    for leftover in Path(folder).glob(".step_*.tmp"):  # from a save that was killed
-        leftover.unlink()
+    folder, model = Path(folder), ModelConfig(**checkpoint["config"]["model"])
+    path = folder / f"step_{checkpoint['step']:08d}"
+    _clear_leftovers(folder)
     try:
-        with atomic_write(path) as file:
-            torch.save({"format_version": CHECKPOINT_FORMAT_VERSION, **checkpoint}, file)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        with atomic_folder(path) as temporary:
+            write_model(temporary, checkpoint["model"], model)
+            (temporary / STATE).parent.mkdir()
+            if moments := checkpoint.get("moments"):
+                save_file({name: tensor.contiguous() for name, tensor in moments.items()}, temporary / MOMENTS)
+            state = {key: value for key, value in checkpoint.items() if key not in ("model", "moments")}
+            write_json(temporary / STATE, state)
+            write_json(temporary / MARK, {"format_version": CHECKPOINT_FORMAT_VERSION, "files": _describe(temporary)})
+        if is_best:
+            with atomic_write(folder / BEST, "w") as file:
+                file.write(path.name + "\n")
+    except (OSError, SafetensorError) as error:
         last = checkpoints_in(folder)
-        reason = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
         raise OSError(
-            f"{path}: could not be written ({reason}); make room or choose another --out_dir; the last "
-            f"good checkpoint is {last[-1] if last else 'none'}"
+            f"{path}: could not be written ({error}); make room or choose another --out_dir; "
+            f"the last good checkpoint is {last[-1] if last else 'none'}"
         ) from error
-    if is_best:
-        link = path.with_name(".best.pt.tmp")
-        link.unlink(missing_ok=True)
-        try:
-            os.link(path, link)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, link)
-        os.replace(link, path.with_name("best.pt"))
     for old in checkpoints_in(folder)[:-keep]:
-        old.unlink()
+        if old != best_in(folder):
+            os.replace(old, old.with_name(f".{old.name}.{os.getpid()}.tmp"))
+    _clear_leftovers(folder)
     return path
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint file `path`, or the newest one of a run directory or of its `checkpoints/`.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    path = Path(path)
-    if path.is_file():
-        return path
-    found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
-    if not found:
-        raise FileNotFoundError(f"{path}: no checkpoint there; give a .pt file or a run directory that holds one")
-    return found[-1]
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what a killed save has left, and checkpoints that are no longer kept. Both have such names."""
+    for leftover in folder.glob(".step_*.tmp"):
+        shutil.rmtree(leftover)
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str) -> dict:
-    """Read what `save_checkpoint` wrote, as plain data and tensors on `device`. No code in the file is run.
-
-    Raises:
-        ValueError: the file is damaged or not one of ours.
-        OSError, MemoryError, torch.OutOfMemoryError: it could not be read, or does not fit.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the check sums
-            if damaged := archive.testzip():
-                raise ValueError(f"the check sum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        version = checkpoint["format_version"]
-    except (OSError, MemoryError, torch.OutOfMemoryError):  # the file itself may be whole
-        raise
-    except Exception as error:  # the errors of zip, pickle and torch all mean the same to the user
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        if "allocate memory" in reason:  # torch's words for a CPU without memory
-            raise MemoryError(f"{path}: does not fit into memory ({reason})") from error
-        raise ValueError(
-            f"{path}: not a readable checkpoint ({reason}); if it was one, delete it and use an older one"
-        ) from error
-    if version != CHECKPOINT_FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: of format {version}, this code reads {CHECKPOINT_FORMAT_VERSION}; take the code that wrote it"
-        )
-    return checkpoint
+def _describe(folder: Path) -> dict[str, dict]:
+    """Size and sha256 of each file of a folder, by its path there."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths
+    }
 
 
 # ---------------------------------------------------------------- the state of a run
@@ -124,14 +123,15 @@ class TrainState:
         """The state as plain data and tensors, for `save_checkpoint`."""
         return {
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "model": dict(self.model.named_parameters()),
+            "moments": moments(self.model, self.optimizers),
             "config": config_as_dict(cfg),
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "data": self.windows.state(),
             "random_state": random_state(),
-            "best_val_loss": self.best_val_loss,
+            "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
             "run_id": self.run_id,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 
     def check_room(self, folder: Path, cfg: Config) -> None:
@@ -152,20 +152,65 @@ class TrainState:
                 "--keep_checkpoints, or choose another --out_dir"
             ) from error
 
-    def resume(self, path: Path, cfg: Config, device: torch.device) -> None:
+    def resume(self, path: Path, cfg: Config) -> None:
         """Take up the run that saved the checkpoint at `path`.
 
         Raises:
-            ValueError: the checkpoint holds no run, or a run with another model, optimizer, masking or order of data.
-            Otherwise as `load_checkpoint`.
+            ValueError: the checkpoint is damaged, or it holds no run, or a run with another model, optimizer, masking
+                or order of data.
         """
-        checkpoint = load_checkpoint(path, device)
-        check_run(path, checkpoint, config_as_dict(cfg))
-        self.windows.check_state(checkpoint["data"])
-        self.model.load_state_dict(checkpoint["model"])
-        load_moments(self.optimizers, checkpoint["optimizers"])
-        restore_random_state(checkpoint["random_state"])
-        self.step, self.best_val_loss, self.run_id = (checkpoint[k] for k in ("step", "best_val_loss", "run_id"))
+        verify_checkpoint(path, training_state=True)
+        state = read_state(path)
+        check_run(path, state, config_as_dict(cfg))
+        self.windows.check_state(state["data"])
+        load_weights(path, self.model)
+        load_moments(path, self.model, self.optimizers)
+        restore_random_state(state["random_state"])
+        best = state["best_val_loss"]
+        self.step, self.best_val_loss, self.run_id = state["step"], math.inf if best is None else best, state["run_id"]
+
+
+def read_state(path: Path) -> dict:
+    """The plain data of the run that saved a checkpoint. Empty for a folder of another program.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return {**json.loads((path / STATE).read_text(encoding="utf-8"))} if (path / STATE).is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path / STATE}: damaged ({error}); use an older checkpoint") from error
+
+
+def moments(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What the optimizers hold of each parameter, by its name: `layers.0.attention.wq.weight:exp_avg` and so on."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}:{key}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_moments(path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Give the optimizers the moments in a checkpoint. Their settings stay: a flag given when resuming must count.
+
+    Raises:
+        ValueError: the file is damaged, or it lacks a parameter of an optimizer.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    with opened(path / MOMENTS) as file:
+        keys = set(file.keys())
+        for optimizer in optimizers:
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                name = names[parameter]
+                found = sorted(key for key in keys if key.startswith(f"{name}:"))
+                if not found:
+                    raise ValueError(f"{path / MOMENTS}: holds nothing of {name}; use an older checkpoint")
+                optimizer.state[parameter] = {
+                    key.partition(":")[2]: file.get_tensor(key).to(parameter.device, copy=True) for key in found
+                }
 
 
 def checkpoint_bytes(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> int:
@@ -177,12 +222,13 @@ def checkpoint_bytes(model: Transformer, optimizers: list[torch.optim.Optimizer]
     return sum(sizes)
 
 
-def check_run(path: Path, checkpoint: dict, config: dict) -> None:
-    """Raises ValueError unless a run with the configuration `config` can go on from `checkpoint`."""
-    parts = {"step", "model", "optimizers", "config", "data", "random_state", "best_val_loss", "run_id"}
-    if missing := parts - checkpoint.keys():
+def check_run(path: Path, state: dict, config: dict) -> None:
+    """Raises ValueError unless a run with the configuration `config` can go on from a checkpoint with this state."""
+    parts = {"step", "config", "data", "random_state", "best_val_loss", "run_id"}
+    missing = parts - state.keys() | ({"optimizer"} if not (path / MOMENTS).is_file() else set())
+    if missing:
         raise ValueError(f"{path}: holds a model but no run to resume ({', '.join(sorted(missing))} missing)")
-    was = {"document_mask": False} | checkpoint["config"]  # older runs did not have this field
+    was = state["config"]
     different = [f"{k} was {was[k]}, is {config[k]}" for k in ("optimizer", "document_mask") if was[k] != config[k]]
     different += [
         f"model.{k} was {was['model'].get(k)}, is {v}" for k, v in config["model"].items() if was["model"].get(k) != v
@@ -192,10 +238,10 @@ def check_run(path: Path, checkpoint: dict, config: dict) -> None:
 
 
 def random_state() -> dict:
-    """State of every random generator of this process, as plain data and tensors."""
-    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    """State of every random generator of this process, as plain data."""
+    state = {"python": random.getstate(), "torch": torch.get_rng_state().numpy().tobytes().hex()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
     return state
 
 
@@ -203,9 +249,9 @@ def restore_random_state(state: dict) -> None:
     """Put the random generators of this process into the state that `random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    torch.set_rng_state(state["torch"].cpu())
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
 
 
 if __name__ == "__main__":

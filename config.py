@@ -15,6 +15,7 @@ import tyro
 from dataloaders import folder_quotas
 from hardware import dtype_name, fastest_dtype, pick_device
 from model import ModelConfig, model_errors
+from model_folders import find_checkpoint, read_model_config
 from shards import is_prepared
 from tokenizer import VOCAB_SIZES
 
@@ -63,6 +64,7 @@ class Config:
     keep_checkpoints: int  # newest ones kept, besides the best
     profile: int  # steps recorded with torch.profiler, into the folder of the run; 0 records none
     resume: bool  # go on from the newest checkpoint in out_dir, if there is one
+    init_from: str  # Llama 3 in Hugging Face's layout, or a checkpoint, whose weights a new run begins with; "": none
 
     # Generation
     prompts: tuple[str, ...]  # texts to continue
@@ -158,6 +160,27 @@ def config_errors(cfg: Config) -> list[str]:
 # ---------------------------------------------------------------- flags
 
 
+def with_model_of(cfg: Config, args: list[str]) -> tuple[Config, list[str]]:
+    """`cfg` with the model that `init_from` names, and a sentence for each flag in `args` that it contradicts.
+
+    The sequence length stays that of the run.
+    """
+    try:
+        model, _ = read_model_config(find_checkpoint(cfg.init_from))
+    except (ValueError, OSError) as error:
+        return cfg, [f"init_from={cfg.init_from}: {error}"]
+    given = {arg.partition("=")[0].lstrip("-").replace("-", "_") for arg in args}
+    errors = [
+        f"model.{name}={asked}: {cfg.init_from} has {value}; leave the flag out"
+        for name, value in asdict(model).items()
+        if name != "max_seq_len" and f"model.{name}" in given and (asked := getattr(cfg.model, name)) != value
+    ]
+    length = cfg.model.max_seq_len
+    if length > model.max_seq_len:
+        errors.append(f"model.max_seq_len={length}: {cfg.init_from} has only {model.max_seq_len} positions; lower it")
+    return replace(cfg, model=replace(model, max_seq_len=length)), errors
+
+
 def read_config(args: list[str], original: Config, sample: Config, description: str | None = None) -> Config:
     """`original` with the flags in `args`; `sample` with them where the original's data is not prepared.
 
@@ -190,6 +213,9 @@ def read_config(args: list[str], original: Config, sample: Config, description: 
             if rank() == 0:
                 print(f"{cfg.hellaswag_path} is not there, so this run goes without it; {cure}")
             cfg = replace(cfg, hellaswag_every=0)
+    if cfg.init_from:
+        cfg, found = with_model_of(cfg, args)
+        errors += found
     errors += config_errors(cfg)
     if errors:
         raise ValueError("\n".join(errors))

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -51,12 +52,44 @@ def full_disk_named(path: Path) -> Iterator[None]:
 def replace_synced(source: Path, target: Path) -> None:
     """Rename a file, which must be on the disk already, and sync the rename too."""
     os.replace(source, target)
-    if os.name == "posix":  # Windows cannot open folders
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    _sync(target.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a temporary folder beside `path` to write into. On success it is synced to the disk and renamed to `path`.
+
+    After a crash or a power cut `path` is whole or absent. After an exception the temporary folder is gone. A folder
+    `path` that exists already is replaced.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with full_disk_named(path):
+            yield temporary
+            mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # what the umask leaves of a file's mode
+            for entry in [*temporary.rglob("*"), temporary]:
+                if entry.is_file():
+                    entry.chmod(mode)  # safetensors makes files that only their owner may read
+                _sync(entry)
+            if path.exists():
+                os.replace(path, path.with_name(f".{path.name}.old.{os.getpid()}.tmp"))
+            replace_synced(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a folder to the disk. Windows cannot open folders."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256_of(path: str | Path) -> str:

@@ -133,7 +133,8 @@ def complete(
 def main() -> int:
     allow_any_text_in_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a .pt file, or a run directory for its newest checkpoint")
+    words = "a checkpoint, a run directory for its newest one, or a Llama 3 in Hugging Face's layout"
+    parser.add_argument("--checkpoint", required=True, help=words)
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest id (default: 0.8)")

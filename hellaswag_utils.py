@@ -264,7 +264,8 @@ def as_metrics(counts: list[float]) -> dict:
 def main() -> int:
     allow_any_text_in_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a .pt file, or a run directory for its newest checkpoint")
+    words = "a checkpoint, a run directory for its newest one, or a Llama 3 in Hugging Face's layout"
+    parser.add_argument("--checkpoint", required=True, help=words)
     parser.add_argument("--data", required=True, help="a jsonl file in HellaSwag's format")
     parser.add_argument("--limit", type=int, help="score the first N rows (default: all)")
     parser.add_argument("--style", choices=STYLES, default="gpt2", help="gpt2 or lm-eval, as above (default: gpt2)")
@@ -284,7 +285,7 @@ def main() -> int:
         return 1
     if device.type == "cpu":
         keep_freed_memory()
-    dtype = fastest_dtype(device) if checkpoint["config"]["dtype"] == "bfloat16" else torch.float32
+    dtype = fastest_dtype(device) if checkpoint["dtype"] == "bfloat16" else torch.float32
     try:
         with autocast(device, dtype):
             counts = count_correct(model, examples, batch_tokens=args.batch_tokens, show_progress=True)

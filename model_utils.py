@@ -21,11 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cpu_kernels
 import cuda_kernels
-from checkpoints import find_checkpoint, load_checkpoint
+from checkpoints import read_state
 from config import Config, config_as_dict, rank, world_size
 from files import atomic_write
 from hardware import can_compile, keep_freed_memory, peak_flops
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_folders import find_checkpoint, load_weights, read_model_config, verify_checkpoint
 from threads import num_cores
 
 # ---------------------------------------------------------------- processes
@@ -209,21 +210,22 @@ def flops_per_token(model: Transformer) -> float:
 
 
 def load_model(path: str | Path, device: torch.device) -> tuple[Transformer, dict]:
-    """The model of a checkpoint (file or run directory), rebuilt from the file alone; and the rest of the checkpoint.
+    """The model of a checkpoint, a run directory, or any Llama 3 in Hugging Face's layout.
 
-    The state of the optimizers, twice as large as the weights, is left out. Raises what `find_checkpoint` and
-    `load_checkpoint` raise.
+    Returns the model too with what is known of it: "step" (None for a folder of another program) and "dtype", that of
+    its products in training.
+
+    Raises:
+        ValueError, OSError: there is no such folder, it is damaged, or it holds another model than a Llama 3.
     """
     path = find_checkpoint(path)
-    checkpoint = load_checkpoint(path, "cpu")  # only the weights go to the memory of a GPU
-    try:
-        model = Transformer(ModelConfig(**checkpoint["config"]["model"]))
-        model.load_state_dict(checkpoint.pop("model"))
-    except (KeyError, TypeError, RuntimeError) as error:  # a field or weight missing, unknown or of another shape
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: its weights and its configuration do not make a model ({reason})") from error
-    checkpoint.pop("optimizers", None)
-    return place_model(model, torch.device(device)).eval(), checkpoint
+    verify_checkpoint(path, training_state=False)
+    config, settings = read_model_config(path)
+    model = Transformer(config)
+    load_weights(path, model)
+    state = read_state(path)
+    dtype = state["config"]["dtype"] if state else settings.get("dtype", settings.get("torch_dtype"))
+    return place_model(model, torch.device(device)).eval(), {"step": state.get("step"), "dtype": dtype}
 
 
 # ---------------------------------------------------------------- records of a run
@@ -307,7 +309,7 @@ def open_run_folder(cfg: Config) -> None:
     """
     out_dir = Path(cfg.out_dir)
     try:
-        if not cfg.resume and ((out_dir / "metrics.jsonl").is_file() or any(out_dir.glob("checkpoints/*.pt"))):
+        if not cfg.resume and ((out_dir / "metrics.jsonl").is_file() or any(out_dir.glob("checkpoints/step_*"))):
             aside = next(p for i in itertools.count(1) if not (p := out_dir.with_name(f"{out_dir.name}.{i}")).exists())
             out_dir.rename(aside)
             print(f"{out_dir} held an earlier run, now in {aside}; --resume True would have gone on with it")

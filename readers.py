@@ -1,8 +1,8 @@
 """The bytes of a file -> batches of documents: JSON, CSV, Parquet, Arrow and plain text, compressed or not.
 
 A row is a line of JSON, an element of a JSON array, a line of CSV, a row of Parquet or Arrow, or a text. Each row is
-one document. The readers are our own: those of `datasets` do not name a broken line, turn dates in JSON into timestamps,
-and are slower on Parquet (docs/LOG.md, 2026-11-27).
+one document. The readers are our own. Those of `datasets` do not name a broken line, turn dates in JSON into
+timestamps, and are slower on Parquet (docs/LOG.md, 2026-11-27).
 """
 
 import bz2

@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 
 import hellaswag_utils
-from checkpoints import TrainState, checkpoints_in, save_checkpoint
+from checkpoints import TrainState, save_checkpoint
 from config import Config, local_device, local_rank, read_config, world_size
 from dataloaders import BLOCK, BatchLayout, TrainWindows, open_streams, validation_batches
 from evaluation import draw_samples, score_hellaswag, validate
 from files import allow_any_text_in_output
 from load_hellaswag_dataset import write_sample
 from model import ModelConfig, Transformer, document_positions
+from model_folders import checkpoints_in, find_checkpoint, load_weights
 from model_utils import (
     Process,
     RankZeroFailed,
@@ -88,6 +89,7 @@ ORIGINAL = Config(
     keep_checkpoints=2,
     profile=0,
     resume=False,
+    init_from="",
     # Generation
     prompts=("Hello, I'm a language model,", "The theory of evolution says that"),
     generate_tokens=64,
@@ -139,8 +141,10 @@ def train(cfg: Config, process: Process) -> int:
     state = TrainState(bare_model, optimizers, data.windows)
     saved = checkpoints_in(out_dir / "checkpoints")[-1:] if cfg.resume else []
     if saved:
-        state.resume(saved[0], cfg, device)
+        state.resume(saved[0], cfg)
         process.print(f"resuming from {saved[0]} after step {state.step}")
+    elif cfg.init_from:
+        load_weights(find_checkpoint(cfg.init_from), bare_model)
     run_on_rank_zero(partial(state.check_room, out_dir / "checkpoints", cfg), process)
     model = wrap_model(bare_model, optimizers, cfg, process)  # trains the parameters of bare_model
     records = Records(bare_model, cfg, process, state.run_id, last_step=state.step if saved else -1)
