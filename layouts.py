@@ -1,10 +1,10 @@
 """Llama 3 in the terms of other programs: names and order of weights, configuration, tokenizer.
 
 Two layouts exist. Meta's is ours in memory. Hugging Face's is ours on the disk. They have other names for the weights,
-and other orders for the rows of the query and key matrices. Meta rotates the pairs (0, 1), (2, 3), ... of a head. Hugging
-Face rotates the pairs (0, K/2), (1, K/2 + 1), ... So the two rows of a pair stand side by side in Meta's layout, and half
-a head apart in Hugging Face's. References: transformers' `convert_llama_weights_to_hf.py` and `modeling_llama.py`, and
-llama-models' `model.py`.
+and other orders for the rows of the query and key matrices. Meta rotates the pairs (0, 1), (2, 3), ... of a head.
+Hugging Face rotates the pairs (0, K/2), (1, K/2 + 1), ... So the two rows of a pair stand side by side in Meta's
+layout, and half a head apart in Hugging Face's. References: transformers' `convert_llama_weights_to_hf.py` and
+`modeling_llama.py`, and llama-models' `model.py`.
 
 Shape letters: D model width, H heads of the matrix (query or key/value heads), K width of a head, V vocabulary.
 """
@@ -155,8 +155,7 @@ def ffn_fields(dim: int, ffn_dim: int) -> dict[str, Any]:
             fields = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
             if ModelConfig(dim=dim, **fields).ffn_dim == ffn_dim:
                 return fields
-    # One multiple of the width itself: the multiplier must not exceed it.
-    return {"multiple_of": ffn_dim, "ffn_dim_multiplier": min(1.0, 0.5 * ffn_dim / max(1, int(8 * dim / 3)))}
+    return {"multiple_of": 1, "ffn_dim_multiplier": (ffn_dim + 0.5) / int(8 * dim / 3)}
 
 
 def meta_params(config: ModelConfig) -> dict[str, Any]:

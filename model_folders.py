@@ -39,7 +39,7 @@ def best_in(folder: str | Path) -> Path | None:
 
 
 def verify_checkpoint(path: Path, *, training_state: bool) -> None:
-    """Compare the files of a checkpoint with checkpoint.json. A folder of another program has none, and is not compared.
+    """Compare the files of a checkpoint with checkpoint.json. Another program's folder has none.
 
     Raises:
         ValueError: a file is missing or has changed; or the format is another.

@@ -120,7 +120,7 @@ def test_transformers_writes_our_greedy_text(tmp_path):
     ours = Tokenizer(vocab_size=4096)
     prompt = ours.encode("def read_", bos=True)
     assert inputs["input_ids"][0].tolist() == prompt
-    [row] = generate(model, [prompt], max_tokens=30, temperature=0, stop_tokens=[])
+    [row] = generate(model, [prompt], max_new_tokens=30, temperature=0)
     assert text[len(prompt) :].tolist() == row
 
 
@@ -149,7 +149,7 @@ def test_the_names_are_transformers(tmp_path):
     [
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "model.safetensors: damaged"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: "),
-        (lambda folder: change(folder, hidden_size=72), "shape"),
+        (lambda folder: change(folder, intermediate_size=128), "has the shape (192, 64), not (128, 64)"),
         (lambda folder: change(folder, num_hidden_layers=3), "its weights do not fit its configuration"),
         (lambda folder: change(folder, num_hidden_layers=1), "its weights do not fit its configuration"),
         (lambda folder: change(folder, tie_word_embeddings=True), None),

@@ -26,13 +26,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import copy_checkpoint, read_checkpoint, rewrite_state, size_of
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluation
 import model_utils
 import train
-from checkpoints import load_checkpoint
 from config import read_config
 from dataloaders import BatchLayout, validation_batches
 from generate import complete
@@ -306,15 +306,7 @@ def rows_of(out_dir: Path, field: str = "train_loss") -> list[dict]:
 
 
 def checkpoint_of(out_dir: Path, step: int) -> dict:
-    return load_checkpoint(out_dir / "checkpoints" / f"step_{step:08d}.pt", "cpu")
-
-
-def copy_checkpoint(source: Path, step: int, out_dir: Path) -> Path:
-    """Make a run directory that holds only the checkpoint of one step."""
-    (out_dir / "checkpoints").mkdir(parents=True)
-    name = f"checkpoints/step_{step:08d}.pt"
-    shutil.copyfile(source / name, out_dir / name)
-    return out_dir
+    return read_checkpoint(out_dir / "checkpoints" / f"step_{step:08d}")
 
 
 def assert_same_bits(run: Path, other: Path, first_step: int, last_step: int = STEPS) -> None:
@@ -329,8 +321,7 @@ def assert_same_bits(run: Path, other: Path, first_step: int, last_step: int = S
     assert end["model"].keys() == other_end["model"].keys()
     for name, value in end["model"].items():
         assert torch.equal(value, other_end["model"][name]), name
-    for state, other_state in zip(end["optimizers"], other_end["optimizers"], strict=True):
-        torch.testing.assert_close(state["state"], other_state["state"], rtol=0, atol=0)
+    torch.testing.assert_close(end["moments"], other_end["moments"], rtol=0, atol=0)
 
 
 def assert_close(checkpoint: dict, other: dict) -> None:
@@ -354,13 +345,31 @@ def whole_flags(flags_for):
     )
 
 
+@contextmanager
+def settings_of_updates():
+    """A list that gets, for each group of parameters of each update, the optimizer's name and the group's settings."""
+    settings = []
+
+    def note(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            settings.append((type(optimizer).__name__, {k: v for k, v in group.items() if k != "params"}))
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        yield settings
+    finally:
+        hook.remove()
+
+
 @pytest.fixture(scope="module")
 def whole(whole_flags, tmp_path_factory) -> Path:
     """40 steps on one process, uninterrupted."""
     out_dir = tmp_path_factory.mktemp("whole") / "run"
-    result = train_here(whole_flags(out_dir))
+    with settings_of_updates() as settings:
+        result = train_here(whole_flags(out_dir))
     assert result.status == 0, result.err
     (out_dir.parent / "stdout").write_text(result.out)
+    (out_dir.parent / "settings.json").write_text(json.dumps(settings))
     return out_dir
 
 
@@ -382,8 +391,10 @@ def tuned(flags_for, tmp_path_factory) -> Path:
     changes = {"optimizer": "muon", "muon_lr": 0.03, "max_lr": 0.02, "betas": ["0.7", "0.8"], "weight_decay": 0.3}
     changes |= {"schedule": "wsd", "decay_fraction": 0.75, "min_lr_fraction": 0.1, "warmup_steps": 0, "max_steps": 4}
     changes |= {"save_every": 2, "val_every": 0, "val_tokens": 160, "generate_every": 4, "temperature": 0}
-    result = train_here(flags_for(out_dir, **changes))
+    with settings_of_updates() as settings:
+        result = train_here(flags_for(out_dir, **changes))
     assert result.status == 0, result.err
+    (out_dir.parent / "settings.json").write_text(json.dumps(settings))
     return out_dir
 
 
@@ -469,7 +480,7 @@ def resumed(whole, whole_flags, tmp_path_factory) -> Path:
     (out_dir / "metrics.jsonl").write_text(rows[: rows.index('{"step": 33') + 25])
     result = train_here(whole_flags(out_dir, resume=True))
     assert result.status == 0, result.err
-    assert not (out_dir / "checkpoints/step_00000019.pt").exists()
+    assert not (out_dir / "checkpoints/step_00000019").exists()
     return out_dir
 
 
@@ -486,16 +497,14 @@ def test_metrics_of_a_resumed_run_have_each_step_once(whole, resumed):
 
 def test_resumed_run_goes_on_with_the_saved_random_state(whole, whole_flags, tmp_path):
     """The test writes another random state into a checkpoint. The next checkpoint shows that the run restored it."""
-    path = copy_checkpoint(whole, 35, tmp_path / "run") / "checkpoints/step_00000035.pt"
-    python, torchs = random.Random(7).getstate(), torch.Generator().manual_seed(7).get_state()
-    torch.save(checkpoint_of(whole, 35) | {"random_state": {"python": python, "torch": torchs}}, path)
+    path = copy_checkpoint(whole, 35, tmp_path / "run") / "checkpoints/step_00000035"
+    version, numbers, gauss = random.Random(7).getstate()
+    torchs = torch.Generator().manual_seed(7).get_state().numpy().tobytes().hex()
+    rewrite_state(path, random_state={"python": [version, list(numbers), gauss], "torch": torchs})
     result = train_here(whole_flags(tmp_path / "run", resume=True, max_steps=36))
     assert result.status == 0, result.err
     state = checkpoint_of(tmp_path / "run", 36)["random_state"]
-    assert state["python"] == python
-    generator = torch.Generator()
-    generator.set_state(state["torch"])
-    assert generator.initial_seed() == 7
+    assert state == {"python": [version, list(numbers), gauss], "torch": torchs}
 
 
 def test_two_resumed_processes_have_the_bits_of_two_uninterrupted_ones(whole_of_two, whole_flags, tmp_path):
@@ -525,7 +534,8 @@ def test_muon_resumes_with_the_bits_of_the_uninterrupted_run(flags_for, tmp_path
     result = train_here(flags_for(out_dir, resume=True, **muon))
     assert result.status == 0, result.err
     assert_same_bits(out_dir, tmp_path / "whole", first_step=21)
-    assert len(checkpoint_of(out_dir, STEPS)["optimizers"]) == 2
+    kinds = {name.rpartition(":")[2] for name in checkpoint_of(out_dir, STEPS)["moments"]}
+    assert kinds == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
 
 
 def write_corpus(folder: Path, seed: int) -> Path:
@@ -627,8 +637,8 @@ def test_ctrl_c_under_torchrun_saves_and_stops(flags_for, tmp_path):
         finally:
             process.terminate()  # torchrun ends its processes too
             process.wait(timeout=60)
-    [newest] = (out_dir / "checkpoints").glob("step_*.pt")
-    assert load_checkpoint(newest, "cpu")["step"] == rows_of(out_dir)[-1]["step"]
+    [newest] = (out_dir / "checkpoints").glob("step_*")
+    assert read_checkpoint(newest)["step"] == rows_of(out_dir)[-1]["step"]
     assert "by SIGINT; --resume True goes on there" in (tmp_path / "out").read_text()
 
 
@@ -640,7 +650,7 @@ def test_a_step_is_saved_before_it_is_scored(flags_for, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation.hellaswag_utils, "count_correct", killed)
     assert train_here(flags_for(tmp_path, max_steps=4, save_every=2, hellaswag_every=2)).status == "killed"
-    assert load_checkpoint(tmp_path / "checkpoints/step_00000002.pt", "cpu")["step"] == 2
+    assert read_checkpoint(tmp_path / "checkpoints/step_00000002")["step"] == 2
 
 
 def test_sigterm_during_an_evaluation_loses_no_step(flags_for, tmp_path, monkeypatch):
@@ -656,9 +666,9 @@ def test_sigterm_during_an_evaluation_loses_no_step(flags_for, tmp_path, monkeyp
     monkeypatch.setattr(train, "validate", interrupted)
     result = train_here(flags_for(tmp_path, max_steps=8, val_every=2, save_every=0))
     assert result.status == 128 + signal.SIGTERM, result
-    newest = max((tmp_path / "checkpoints").glob("step_*.pt"), default=None)
+    newest = max((tmp_path / "checkpoints").glob("step_*"), default=None)
     assert newest is not None, f"it says {result.out.splitlines()[-1]!r} and has saved nothing"
-    assert load_checkpoint(newest, "cpu")["step"] == rows_of(tmp_path)[-1]["step"]
+    assert read_checkpoint(newest)["step"] == rows_of(tmp_path)[-1]["step"]
 
 
 def test_resume_without_a_checkpoint_begins_anew_and_has_each_row_once(flags_for, tmp_path):
@@ -672,11 +682,11 @@ def test_resume_without_a_checkpoint_begins_anew_and_has_each_row_once(flags_for
 
 def test_learning_rate_flag_takes_effect_in_a_resumed_run(whole, whole_flags, tmp_path):
     out_dir = copy_checkpoint(whole, 35, tmp_path / "run")
-    assert train_here(whole_flags(out_dir, resume=True, max_lr=1e-4)).status == 0
+    with settings_of_updates() as settings:
+        assert train_here(whole_flags(out_dir, resume=True, max_lr=1e-4)).status == 0
     last = rows_of(out_dir)[-1]
     assert last["lr"] == pytest.approx(1e-5)  # a tenth of the peak at the last step
-    [optimizer] = checkpoint_of(out_dir, STEPS)["optimizers"]
-    assert optimizer["param_groups"][0]["lr"] == pytest.approx(last["lr"])
+    assert settings[-1][1]["lr"] == pytest.approx(last["lr"])
 
 
 def test_best_checkpoint_has_the_lowest_validation_loss_even_after_a_resume(flags_for, tmp_path, monkeypatch):
@@ -685,10 +695,11 @@ def test_best_checkpoint_has_the_lowest_validation_loss_even_after_a_resume(flag
     every_step = {"val_every": 1, "save_every": 1, "keep_checkpoints": 1}
 
     def best_step() -> int:
-        return load_checkpoint(tmp_path / "checkpoints/best.pt", "cpu")["step"]
+        return int((tmp_path / "checkpoints/best").read_text().removeprefix("step_"))
 
     assert train_here(flags_for(tmp_path, max_steps=4, **every_step)).status == 0
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.pt", "step_00000004.pt"]
+    kept = ["best", "step_00000002", "step_00000004"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
     assert best_step() == 2
     assert train_here(flags_for(tmp_path, max_steps=5, resume=True, **every_step)).status == 0
     assert best_step() == 2
@@ -702,8 +713,8 @@ def test_best_checkpoint_has_the_lowest_validation_loss_even_after_a_resume(flag
 def test_run_directory_holds_the_promised_files(whole):
     names = {path.name for path in whole.iterdir()}
     assert names >= {"config.json", "metrics.jsonl", "samples.txt", "checkpoints", "report.html"}
-    saved = {f"step_{step:08d}.pt" for step in range(5, STEPS + 1, 5)}
-    assert {path.name for path in (whole / "checkpoints").iterdir()} == saved | {"best.pt"}
+    saved = {f"step_{step:08d}" for step in range(5, STEPS + 1, 5)}
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == saved | {"best"}
     assert not [path for path in whole.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
 
 
@@ -728,9 +739,10 @@ def test_rows_of_metrics_count_completed_steps(whole):
 
 
 def test_optimizer_steps_with_the_learning_rate_of_the_row(whole):
-    for row in rows_of(whole)[4::5]:
-        [optimizer] = checkpoint_of(whole, row["step"])["optimizers"]
-        assert {group["lr"] for group in optimizer["param_groups"]} == {row["lr"]}
+    settings = json.loads((whole.parent / "settings.json").read_text())
+    assert len(settings) == 2 * STEPS  # AdamW has two groups of parameters
+    for row, groups in zip(rows_of(whole), zip(settings[::2], settings[1::2], strict=True), strict=True):
+        assert {group["lr"] for _, group in groups} == {row["lr"]}
 
 
 def test_flags_set_the_schedule_and_its_decay_fraction(tuned):
@@ -739,17 +751,19 @@ def test_flags_set_the_schedule_and_its_decay_fraction(tuned):
 
 
 def test_muon_has_its_own_learning_rate_on_the_same_schedule(tuned):
-    for step, factor in ((2, 0.7), (4, 0.1)):
-        adamw, muon = checkpoint_of(tuned, step)["optimizers"]
-        assert [group["lr"] for group in adamw["param_groups"]] == pytest.approx([factor * 0.02] * 2)
-        assert [group["lr"] for group in muon["param_groups"]] == pytest.approx([factor * 0.03])
+    settings = json.loads((tuned.parent / "settings.json").read_text())
+    rates = {name: [group["lr"] for kind, group in settings if kind == name] for name in ("AdamW", "Muon")}
+    factors = [1.0, 0.7, 0.4, 0.1]
+    assert rates["AdamW"] == pytest.approx([factor * 0.02 for factor in factors for _ in range(2)])
+    assert rates["Muon"] == pytest.approx([factor * 0.03 for factor in factors])
 
 
 def test_flags_set_the_betas_and_the_weight_decay(tuned):
-    adamw, muon = checkpoint_of(tuned, 4)["optimizers"]
-    assert [list(group["betas"]) for group in adamw["param_groups"]] == [[0.7, 0.8]] * 2
-    assert [group["weight_decay"] for group in adamw["param_groups"]] == [0.3, 0]  # matrices, the rest
-    assert [group["weight_decay"] for group in muon["param_groups"]] == [0.3]
+    settings = json.loads((tuned.parent / "settings.json").read_text())
+    assert [group["betas"] for kind, group in settings if kind == "AdamW"] == [[0.7, 0.8]] * 8
+    decays = [group["weight_decay"] for kind, group in settings if kind == "AdamW"]
+    assert decays == [0.3, 0] * 4  # matrices, the rest
+    assert [group["weight_decay"] for kind, group in settings if kind == "Muon"] == [0.3] * 4
 
 
 @pytest.mark.parametrize("grad_clip", [0, 0.25])
@@ -785,7 +799,7 @@ def test_evaluation_rows_are_at_their_intervals(whole):
 
 def test_checkpoint_of_a_step_is_the_model_that_was_validated_at_that_step(whole, tiny_corpus):
     """The original code saved before the update. Its checkpoint of step 10 would have the loss of step 9."""
-    model, checkpoint = load_model(whole / "checkpoints/step_00000010.pt", "cpu")
+    model, checkpoint = load_model(whole / "checkpoints/step_00000010", "cpu")
     assert checkpoint["step"] == 10
     stream = TokenStream(tiny_corpus, "val", vocab_size=VOCAB)
     with torch.inference_mode():
@@ -807,7 +821,7 @@ def test_bits_per_byte_is_the_loss_over_the_bytes_of_its_text(whole, tiny_corpus
 
 def test_last_validation_batch_counts_by_its_windows(tuned, tiny_corpus):
     """The batches have 2, 2 and 1 windows. Each window has the same weight."""
-    model, _ = load_model(tuned / "checkpoints/step_00000004.pt", "cpu")
+    model, _ = load_model(tuned / "checkpoints/step_00000004", "cpu")
     stream = TokenStream(tiny_corpus, "val", vocab_size=VOCAB)
     with torch.inference_mode():
         losses = [model(x, y).item() for x, y in validation_batches([stream], BatchLayout(32, 1), max_tokens=160)]
@@ -850,7 +864,7 @@ def sample_at(out_dir: Path, step: int) -> str:
 
 
 def likeliest_sample(out_dir: Path, step: int) -> str:
-    model, _ = load_model(out_dir / f"checkpoints/step_{step:08d}.pt", "cpu")
+    model, _ = load_model(out_dir / f"checkpoints/step_{step:08d}", "cpu")
     tokenizer = Tokenizer(vocab_size=VOCAB)
     texts = complete(model, tokenizer, ["abc", "the "], max_new_tokens=8, temperature=0, top_p=1, seed=0)
     return "\n\n".join(texts).strip()
@@ -875,7 +889,7 @@ def test_with_intervals_of_0_only_the_end_is_validated_and_saved(flags_for, tmp_
     assert result.status == 0, result.err
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], "val_loss" in row) for row in rows] == [(1, False), (2, False), (3, False), (3, True)]
-    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"best.pt", "step_00000003.pt"}
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"best", "step_00000003"}
     assert not (tmp_path / "run/samples.txt").exists()
 
 
@@ -893,7 +907,7 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(flags_for, tmp_path):
     result = train_here(flags_for(tmp_path, max_steps=6, save_every=1, keep_checkpoints=2))
     assert result.status == 0, result.err
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["best.pt", "step_00000005.pt", "step_00000006.pt"]
+    assert names == ["best", "step_00000005", "step_00000006"]
 
 
 def test_fresh_run_in_a_used_folder_moves_the_whole_old_run_aside(flags_for, tmp_path):
@@ -1128,7 +1142,7 @@ def test_dtype_auto_is_bfloat16_only_where_the_hardware_multiplies_it(flags_for,
 def test_vocabulary_that_does_not_fit_the_data_is_refused(flags_for, tmp_path):
     result = train_here(flags_for(tmp_path / "run", model__vocab_size=1024))
     assert_refused(result, "512", "1024", "--model.vocab_size 512")
-    assert not list((tmp_path / "run").rglob("*.pt"))
+    assert not list((tmp_path / "run").rglob("step_*"))
 
 
 def test_refused_run_leaves_an_earlier_run_where_it_is(flags_for, tmp_path):
@@ -1159,34 +1173,45 @@ def test_resume_refuses_flags_that_do_not_fit_the_checkpoint(whole, whole_flags,
     assert files_in(out_dir) == before
 
 
-def test_checkpoint_older_than_document_mask_goes_on_without_it(whole, whole_flags, tmp_path):
-    path = copy_checkpoint(whole, 20, tmp_path / "run") / "checkpoints/step_00000020.pt"
-    checkpoint = checkpoint_of(whole, 20)
-    del checkpoint["config"]["document_mask"]
-    torch.save(checkpoint, path)
-    masked = whole_flags(tmp_path / "run", resume=True, max_steps=21, document_mask=True)
-    assert_refused(train_here(masked), "document_mask was False, is True")
-    assert train_here(whole_flags(tmp_path / "run", resume=True, max_steps=21)).status == 0
-
-
 def test_damaged_newest_checkpoint_is_named_and_not_skipped(whole, whole_flags, tmp_path):
     out_dir = copy_checkpoint(whole, 20, tmp_path / "run")
-    damaged = out_dir / "checkpoints/step_00000025.pt"
-    damaged.write_bytes((out_dir / "checkpoints/step_00000020.pt").read_bytes()[:-1000])
+    damaged = shutil.copytree(out_dir / "checkpoints/step_00000020", out_dir / "checkpoints/step_00000025")
+    file = damaged / "training_state/optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
     before = files_in(out_dir)
-    assert_refused(train_here(whole_flags(out_dir, resume=True)), str(damaged), "older")
+    assert_refused(train_here(whole_flags(out_dir, resume=True)), str(file), "older")
     assert files_in(out_dir) == before
-    damaged.unlink()
+    shutil.rmtree(damaged)
     assert train_here(whole_flags(out_dir, resume=True, max_steps=21)).status == 0
 
 
-def test_checkpoint_without_optimizers_is_refused_by_resume(whole, whole_flags, tmp_path):
-    """The file holds a model but no optimizers. The error is a sentence, not a KeyError."""
-    checkpoint = checkpoint_of(whole, 20)
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    path = tmp_path / "run/checkpoints/step_00000020.pt"
-    torch.save({name: checkpoint[name] for name in ("format_version", "step", "config", "model")}, path)
-    assert_refused(train_here(whole_flags(tmp_path / "run", resume=True)), str(path))
+def test_checkpoint_without_a_run_is_refused_by_resume(whole, whole_flags, tmp_path):
+    """The folder holds a model, as another program writes it. The error is a sentence, not a KeyError."""
+    path = copy_checkpoint(whole, 20, tmp_path / "run") / "checkpoints/step_00000020"
+    shutil.rmtree(path / "training_state")
+    mark = json.loads((path / "checkpoint.json").read_text())
+    mark["files"] = {name: file for name, file in mark["files"].items() if "training_state" not in name}
+    (path / "checkpoint.json").write_text(json.dumps(mark))
+    assert_refused(train_here(whole_flags(tmp_path / "run", resume=True)), str(path), "no run to resume")
+
+
+def test_a_run_begins_with_the_weights_of_another(whole, flags_for, tmp_path):
+    """The model comes from the folder. At step 0 the new run has the validation loss that the other one ended with."""
+    source = whole / f"checkpoints/step_{STEPS:08d}"
+    flags = flags_for(tmp_path / "run", init_from=source, max_steps=2, val_every=1)
+    places = [i for i, flag in enumerate(flags) if flag.startswith("--model.") and "max_seq_len" not in flag]
+    flags = [flag for i, flag in enumerate(flags) if i not in places and i - 1 not in places]
+    result = train_here(flags)
+    assert result.status == 0, result.err
+    [began] = [row["val_loss"] for row in rows_of(tmp_path / "run", "val_loss") if row["step"] == 0]
+    ended = rows_of(whole, "val_loss")[-1]["val_loss"]
+    assert began == pytest.approx(ended, abs=1e-6)
+    config = json.loads((tmp_path / "run/config.json").read_text())["model"]
+    assert config["dim"] == 32 and config["vocab_size"] == VOCAB
+    assert train_here([*flags, "--resume", "True", "--max_steps", "3"]).status == 0  # goes on with its own weights
+    assert_refused(train_here([*flags, "--model.dim", "64"]), "model.dim=64", "has 32", "leave the flag out")
+    assert_refused(train_here([*flags, "--model.max_seq_len", "64"]), "model.max_seq_len=64", "only 32 positions")
+    assert_refused(train_here([*flags, "--init_from", "nowhere"]), "init_from=nowhere", "no checkpoint there")
 
 
 @pytest.mark.parametrize(
@@ -1243,7 +1268,7 @@ def test_too_little_disk_for_the_checkpoints_is_refused_at_the_start(flags_for, 
     """The run needs room for the newest two, for the best one, and for the next one while it is written."""
     flags = flags_for(tmp_path / "run", max_steps=40, save_every=5, keep_checkpoints=2, val_every=0)
     assert train_here([*flags, "--max_steps", "5"]).status == 0
-    before, size = files_in(tmp_path), (tmp_path / "run/checkpoints/step_00000005.pt").stat().st_size
+    before, size = files_in(tmp_path), size_of(tmp_path / "run/checkpoints/step_00000005")
     usage = shutil.disk_usage(tmp_path)
     for extra, count, free in [
         (["--max_steps", "5"], 1, size // 2),
@@ -1358,10 +1383,10 @@ def poisoned_update(number: int):
 def test_loss_that_is_not_a_number_stops_the_run_and_leaves_a_good_checkpoint(flags_for, tmp_path):
     with poisoned_update(3):
         result = train_here(flags_for(tmp_path, max_steps=8, save_every=2, val_every=0))
-    good = tmp_path / "checkpoints/step_00000002.pt"
+    good = tmp_path / "checkpoints/step_00000002"
     assert_refused(result, "step 4", "rank 0", str(good))
-    assert list((tmp_path / "checkpoints").glob("step_*.pt")) == [good]
-    checkpoint = load_checkpoint(good, "cpu")
+    assert list((tmp_path / "checkpoints").glob("step_*")) == [good]
+    checkpoint = read_checkpoint(good)
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
     assert all(math.isfinite(row["train_loss"]) for row in rows_of(tmp_path))
     assert train_here(flags_for(tmp_path, max_steps=8, save_every=2, val_every=0, resume=True)).status == 0
@@ -1371,24 +1396,24 @@ def test_learning_rate_far_too_high_stops_the_run(flags_for, tmp_path):
     result = train_here(flags_for(tmp_path, max_lr=1e30, warmup_steps=0, val_every=0, save_every=0))
     assert_refused(result, "step", "not finite", "checkpoint is none", "max_lr")
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
-    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.rglob("step_*"))
 
 
 def test_model_broken_by_its_last_update_is_not_saved_as_a_good_one(flags_for, tmp_path):
     """No later step can notice it. The validation at the end must."""
     with poisoned_update(3):
         result = train_here(flags_for(tmp_path, max_steps=3, save_every=2, val_every=0))
-    assert_refused(result, "step 3", str(tmp_path / "checkpoints/step_00000002.pt"))
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*.pt")] == ["step_00000002.pt"]
+    assert_refused(result, "step 3", str(tmp_path / "checkpoints/step_00000002"))
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000002"]
 
 
 def test_rank_whose_loss_is_not_a_number_is_named_and_both_ranks_stop(flags_for, tmp_path):
     flags = flags_for(tmp_path / "run", max_steps=8, save_every=2, val_every=0)
     results = launch(driver(tmp_path / "driver", POISON_RANK_1), flags, ranks=2)
-    good = tmp_path / "run/checkpoints/step_00000002.pt"
+    good = tmp_path / "run/checkpoints/step_00000002"
     assert [result.status for result in results] == [1, 1]
     assert_refused(results[0], "step 4", "rank 1", str(good))
-    assert all(value.isfinite().all() for value in load_checkpoint(good, "cpu")["model"].values())
+    assert all(value.isfinite().all() for value in read_checkpoint(good)["model"].values())
 
 
 @contextmanager
@@ -1406,11 +1431,11 @@ def file_size_limit(size: int):
 def test_full_disk_gives_one_sentence_and_leaves_the_older_checkpoint_whole(flags_for, tmp_path):
     flags = flags_for(tmp_path, max_steps=4, save_every=2, val_every=0)
     assert train_here([*flags, "--max_steps", "2"]).status == 0
-    older = tmp_path / "checkpoints/step_00000002.pt"
+    older = tmp_path / "checkpoints/step_00000002"
     before = files_in(tmp_path / "checkpoints")
     with file_size_limit(100_000):
         result = train_here([*flags, "--resume", "True"])
-    assert_refused(result, "step_00000004.pt", "could not be written", "last good checkpoint is", str(older))
+    assert_refused(result, "step_00000004", "could not be written", "last good checkpoint is", str(older))
     assert len(result.err.strip().splitlines()) == 1
     assert files_in(tmp_path / "checkpoints") == before  # and no temporary file
     assert train_here([*flags, "--resume", "True"]).status == 0
@@ -1423,7 +1448,7 @@ def test_full_disk_gives_one_sentence_with_two_processes_too(flags_for, tmp_path
     script = driver(tmp_path / "driver", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))")
     results = launch(script, flags_for(tmp_path / "run", max_steps=2, val_every=0), ranks=2)
     assert [result.status for result in results] == [1, 1]
-    assert_refused(results[0], "step_00000002.pt", "could not be written")
+    assert_refused(results[0], "step_00000002", "could not be written")
     assert not results[1].err
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
