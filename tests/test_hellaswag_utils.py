@@ -475,7 +475,7 @@ def garbage(path):
 def test_a_missing_or_damaged_file_gives_one_sentence_and_status_1(
     monkeypatch, capsys, checkpoint, data, which, damage
 ):
-    path = checkpoint if which == "checkpoint" else data
+    path = checkpoint / "model.safetensors" if which == "checkpoint" else data
     damage(path)
     assert main(monkeypatch, "--checkpoint", checkpoint, "--data", data) == 1
     captured = capsys.readouterr()
