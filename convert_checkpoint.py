@@ -5,8 +5,8 @@
     python convert_checkpoint.py from-meta --meta Llama3.2-1B --rope_scale 32 --out llama-3.2-1b
 
 A checkpoint is a model in Hugging Face's layout already. `to-hf` makes a slim copy to publish: without the state of the
-run, and with a short model card. Meta's layout is `consolidated.00.pth` with `params.json`. A .pth file is a pickle, and
-this is the only script that reads one. `weights_only=True` refuses code. The file is memory-mapped.
+run, and with a short model card. Meta's layout is `consolidated.00.pth` with `params.json`. A .pth file is a pickle.
+This is the only script that reads one: `weights_only=True` refuses code, and the file is memory-mapped.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from checkpoints import read_state
 from files import allow_any_text_in_output, atomic_folder
 from layouts import meta_params
 from model import ModelConfig, Transformer, model_errors
-from model_folders import find_checkpoint, load_weights, read_model_config, verify_checkpoint, write_json, write_model
+from model_folders import find_checkpoint, read_model, verify_checkpoint, write_json, write_model
 from tokenizer import VOCAB_SIZES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,9 +33,7 @@ def load(checkpoint: str) -> tuple[Transformer, Path]:
     """The model of a checkpoint, and the folder that it was in."""
     path = find_checkpoint(checkpoint)
     verify_checkpoint(path, training_state=False)
-    model = Transformer(read_model_config(path)[0])
-    load_weights(path, model)
-    return model, path
+    return read_model(path)[0], path
 
 
 def to_hf(checkpoint: str, out: Path, dtype: torch.dtype) -> None:

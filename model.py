@@ -182,7 +182,9 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # Tied weights need no memory of their own.
+        device = "meta" if config.tie_embeddings else None
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False, device=device)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.loss = OutputLoss()

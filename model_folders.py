@@ -16,7 +16,7 @@ from torch import Tensor
 
 from files import sha256_of
 from layouts import check_tokenizer, from_hf, hf_config, hf_name, model_config, to_hf, tokenizer_files
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, rope_tables
 
 CHECKPOINT_FORMAT_VERSION = 2  # version 1 was a .pt file
 MARK, BEST = "checkpoint.json", "best"
@@ -142,6 +142,19 @@ def read_model_config(path: Path) -> tuple[ModelConfig, dict]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}; give a Llama 3 in Hugging Face's layout") from error
     return config, settings
+
+
+def read_model(path: Path) -> tuple[Transformer, dict]:
+    """The model in a folder, on the CPU; and the folder's `config.json`. Raises what the functions around it raise."""
+    config, settings = read_model_config(path)
+    with torch.device("meta"):  # drawing weights only to overwrite them would take a minute for 8B
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    if config.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    model.rope_cos, model.rope_sin = rope_tables(config)
+    load_weights(path, model)
+    return model, settings
 
 
 def load_weights(path: Path, model: Transformer) -> None:

@@ -26,7 +26,7 @@ from config import Config, config_as_dict, rank, world_size
 from files import atomic_write
 from hardware import can_compile, keep_freed_memory, peak_flops
 from model import Transformer
-from model_folders import find_checkpoint, load_weights, read_model_config, verify_checkpoint
+from model_folders import find_checkpoint, read_model, verify_checkpoint
 from threads import num_cores
 
 # ---------------------------------------------------------------- processes
@@ -220,9 +220,7 @@ def load_model(path: str | Path, device: torch.device) -> tuple[Transformer, dic
     """
     path = find_checkpoint(path)
     verify_checkpoint(path, training_state=False)
-    config, settings = read_model_config(path)
-    model = Transformer(config)
-    load_weights(path, model)
+    model, settings = read_model(path)
     state = read_state(path)
     dtype = state["config"]["dtype"] if state else settings.get("dtype", settings.get("torch_dtype"))
     return place_model(model, torch.device(device)).eval(), {"step": state.get("step"), "dtype": dtype}
