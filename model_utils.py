@@ -1,16 +1,10 @@
-"""What a run needs around the model: its processes, the wrapped model, loading a model, the records of a run."""
+"""What a run needs around the model: its processes, the wrapped model, loading a model, Weights & Biases."""
 
-import itertools
-import json
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -23,8 +17,7 @@ import cpu_kernels
 import cuda_kernels
 from checkpoints import read_state
 from config import Config, config_as_dict, rank, world_size
-from files import atomic_write
-from hardware import can_compile, keep_freed_memory, peak_flops
+from hardware import can_compile, keep_freed_memory
 from model import Transformer
 from model_folders import find_checkpoint, read_model, verify_checkpoint
 from threads import num_cores
@@ -226,7 +219,7 @@ def load_model(path: str | Path, device: torch.device) -> tuple[Transformer, dic
     return place_model(model, torch.device(device)).eval(), {"step": state.get("step"), "dtype": dtype}
 
 
-# ---------------------------------------------------------------- records of a run
+# ---------------------------------------------------------------- Weights & Biases
 
 
 class NullRun:
@@ -238,17 +231,17 @@ class NullRun:
 
 
 def start_wandb(cfg: Config, run_id: str, process: Process) -> Any:
-    """A Weights & Biases run on rank zero if WANDB_API_KEY is set, else a `NullRun`.
+    """A Weights & Biases run on rank zero if WANDB_API_KEY is set or WANDB_MODE is offline, else a `NullRun`.
 
-    A resumed run goes on under its `run_id`. Without the key wandb is not even imported. An error of wandb is one
-    printed line and does not stop training.
+    A resumed run goes on under its `run_id`. Its plots have tokens as their axis. Where it is off, wandb is not even
+    imported. An error of wandb is one printed line and does not stop training.
     """
-    if not process.is_main or not os.environ.get("WANDB_API_KEY"):
+    if not process.is_main or not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline"):
         return NullRun()
     try:
         import wandb
 
-        return wandb.init(
+        run = wandb.init(
             project=cfg.wandb_project,
             name=Path(cfg.out_dir).name,
             id=run_id,
@@ -256,119 +249,12 @@ def start_wandb(cfg: Config, run_id: str, process: Process) -> Any:
             config=config_as_dict(cfg),
             dir=cfg.out_dir,
         )
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
+        return run
     except Exception as error:  # no account, no network, a wrong key: the run is worth more than its plots
         print(f"Weights & Biases is off ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
         return NullRun()
-
-
-class MetricsLog:
-    """Appends rows to `metrics.jsonl`, a line each, flushed. Rows also go to Weights & Biases."""
-
-    def __init__(self, folder: Path, wandb_run: Any, is_main: bool, last_step: int):
-        """Drop the rows beyond `last_step`: an earlier run wrote them after its last checkpoint."""
-        self.path, self.wandb_run, self.file = folder / "metrics.jsonl", wandb_run, None
-        if is_main:
-            kept = []
-            if self.path.is_file():
-                for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                    try:
-                        if json.loads(line)["step"] <= last_step:
-                            kept.append(line + "\n")
-                    except ValueError:
-                        pass  # a kill cut this line short
-            with atomic_write(self.path, "w") as file:
-                file.writelines(kept)
-            self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-
-    def write(self, row: dict) -> None:
-        """Append `row`. An error of Weights & Biases ends its part alone."""
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-            try:
-                self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-            except Exception as error:
-                print(f"Weights & Biases is off from step {row['step']} ({type(error).__name__}: {error})")
-                self.wandb_run = NullRun()
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        try:
-            self.wandb_run.finish()
-        except Exception as error:
-            print(f"Weights & Biases could not finish ({type(error).__name__}: {error})")
-
-
-def open_run_folder(cfg: Config) -> None:
-    """Make out_dir and its config.json. An earlier run there is moved aside, not lost, unless this run resumes it.
-
-    Raises:
-        OSError: out_dir or its checkpoints/ cannot be written to. A run would find the latter hours later.
-    """
-    out_dir = Path(cfg.out_dir)
-    try:
-        if not cfg.resume and ((out_dir / "metrics.jsonl").is_file() or any(out_dir.glob("checkpoints/step_*"))):
-            aside = next(p for i in itertools.count(1) if not (p := out_dir.with_name(f"{out_dir.name}.{i}")).exists())
-            out_dir.rename(aside)
-            print(f"{out_dir} held an earlier run, now in {aside}; --resume True would have gone on with it")
-        (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out_dir / "checkpoints"), atomic_write(out_dir / "config.json", "w") as file:
-            json.dump(config_as_dict(cfg), file, indent=1)
-    except OSError as error:
-        raise OSError(f"out_dir={out_dir}: cannot be written to ({error}); choose another --out_dir") from error
-
-
-class Records:
-    """Writes the rows of a run into its folder and prints its lines, on rank zero alone."""
-
-    def __init__(self, model: Transformer, cfg: Config, process: Process, run_id: str, last_step: int):
-        """Open the run folder. Rows beyond `last_step` (-1: all) are dropped."""
-        run_on_rank_zero(partial(open_run_folder, cfg), process)
-        self.cfg, self.process = cfg, process
-        self.metrics = MetricsLog(Path(cfg.out_dir), start_wandb(cfg, run_id, process), process.is_main, last_step)
-        self.peak = process.world_size * peak_flops(process.device, getattr(torch, cfg.dtype))  # FLOP/s of all devices
-        self.flops = flops_per_token(model)
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.first_step: tuple[int, float] | None = None  # its number, and the time when it was done
-
-    def write(self, step: int, row: dict, line: str) -> None:
-        """A row of metrics.jsonl, and a printed line if `line` is not empty."""
-        self.metrics.write({"step": step, "tokens": step * self.cfg.total_batch_size, **row})
-        if line:
-            self.process.print(f"step {step:>6}  {line}")
-
-    def training(self, step: int, seconds: float, row: dict) -> None:
-        """The row of an update that took `seconds`: `row` holds train_loss, lr and grad_norm."""
-        tokens_per_sec = self.cfg.total_batch_size / seconds
-        row = row | {"tokens_per_sec": tokens_per_sec, "mfu": tokens_per_sec * self.flops / self.peak}
-        # The first step is left out of the estimate of the time left, because it also compiles.
-        self.first_step = self.first_step or (step, time.perf_counter())
-        number, done = self.first_step
-        left = (time.perf_counter() - done) / max(1, step - number) * (self.cfg.max_steps - step)
-        line = (
-            f"loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
-            f"{tokens_per_sec:,.0f} tokens/s  mfu {row['mfu']:.0%}  {timedelta(seconds=round(left))} left"
-        )
-        self.write(step, row, line if step % self.cfg.log_every == 0 or step == self.cfg.max_steps else "")
-
-    def validation(self, step: int, row: dict, shares: dict[str, float]) -> None:
-        """`row` is `evaluation.validate`'s. `shares` of mixed folders in the windows so far are recorded with it."""
-        line = f"validation {row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte"
-        line += "".join(f", {share:.1%} of {folder}" for folder, share in shares.items())
-        self.write(step, row | ({"data_shares": shares} if shares else {}), line)
-
-    def hellaswag(self, step: int, row: dict, name: str) -> None:
-        """`row` is `evaluation.score_hellaswag`'s, `name` what to call the benchmark."""
-        acc, acc_norm, examples = (row[f"hellaswag_{key}"] for key in ("acc", "acc_norm", "examples"))
-        self.write(step, row, f"{name}: acc {acc:.1%}, acc_norm {acc_norm:.1%} of {examples:,} (chance 25%)")
-
-    def samples(self, step: int, row: dict) -> None:
-        """`row` is `evaluation.draw_samples`'s, which is empty on all ranks but zero. The texts go to samples.txt."""
-        if row:
-            text = "\n\n".join(row["samples"])
-            with open(Path(self.cfg.out_dir) / "samples.txt", "a", encoding="utf-8") as file:
-                file.write(f"===== step {step}\n{text}\n\n")
-            self.process.print(f"----- step {step}\n{text}\n-----")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from model_folders import checkpoints_in, find_checkpoint, load_weights
 from model_utils import (
     Process,
     RankZeroFailed,
-    Records,
     StopSignal,
     place_model,
     run_on_rank_zero,
@@ -43,6 +42,7 @@ from optimizers import build_optimizers, lr_factor, set_learning_rates
 from preparation import prepare
 from profiling import start_profiler
 from report import write_report
+from records import Records
 from rows import SourceError
 from shards import TokenStream, is_prepared
 from tokenizer import Tokenizer

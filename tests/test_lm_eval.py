@@ -37,7 +37,28 @@ metric_list:
   - metric: acc
   - metric: acc_norm
 """
-WORDS = "a man is then seen walking the dog slowly [header] How to [title] Take care [step] water it naïve café".split()
+WORDS = [
+    "a",
+    "man",
+    "is",
+    "then",
+    "seen",
+    "walking",
+    "the",
+    "dog",
+    "slowly",
+    "[header]",
+    "How",
+    "to",
+    "[title]",
+    "Take",
+    "care",
+    "[step]",
+    "water",
+    "it",
+    "naïve",
+    "café",
+]
 
 
 def write_rows(path, count):
@@ -48,7 +69,13 @@ def write_rows(path, count):
 
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
-            row = {"ind": i, "activity_label": text(1, 3), "ctx_a": text(5, 20), "ctx_b": text(0, 4), "ctx": text(5, 20)}
+            row = {
+                "ind": i,
+                "activity_label": text(1, 3),
+                "ctx_a": text(5, 20),
+                "ctx_b": text(0, 4),
+                "ctx": text(5, 20),
+            }
             row |= {"endings": [text(2, 12) for _ in range(4)], "label": str(draw.randrange(4)), "split": "val"}
             file.write(json.dumps(row | {"split_type": "indomain", "source_id": f"a~{i}"}) + "\n")
     return path

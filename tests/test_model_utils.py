@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import config_as_dict
 from model import ModelConfig, Transformer
 from model_utils import (
-    MetricsLog,
     MixedPrecision,
     NullRun,
     Process,
@@ -32,6 +31,7 @@ from model_utils import (
     sum_over_processes,
     wrap_model,
 )
+from records import MetricsLog, start_tensorboard
 from optimizers import build_optimizers
 from train import ORIGINAL
 
@@ -308,7 +308,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from dataclasses import replace
 import torch
-from model_utils import MetricsLog, Process, start_wandb
+from model_utils import Process, start_wandb
+from records import MetricsLog
 from train import ORIGINAL
 
 folder = Path({folder!r})
