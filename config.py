@@ -72,8 +72,10 @@ class Config:
     temperature: float  # 0 takes the likeliest token
     top_p: float  # probability of the nucleus that tokens are drawn from
 
-    # Weights & Biases, used where WANDB_API_KEY is set
+    # Weights & Biases, used where WANDB_API_KEY is set; and TensorBoard
     wandb_project: str  # project that the run appears in
+    wandb_artifact: bool  # upload the last checkpoint of a finished run
+    tensorboard: bool  # write event files into out_dir/tensorboard; needs `pip install tensorboard`
 
     # The model; its fields are flags too, --model.dim and so on
     model: ModelConfig

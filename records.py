@@ -16,6 +16,7 @@ from config import Config, config_as_dict
 from files import atomic_write
 from hardware import peak_flops
 from model import Transformer
+from model_folders import checkpoints_in
 from model_utils import NullRun, Process, flops_per_token, run_on_rank_zero, start_wandb
 
 
@@ -184,10 +185,11 @@ class Records:
             self.metrics.samples(step, step * self.cfg.total_batch_size, row["samples"])
             self.process.print(f"----- step {step}\n{text}\n-----")
 
-    def close(self, checkpoint: Path | None) -> None:
+    def close(self, *, finished: bool) -> None:
         """End the records. With `wandb_artifact` the last checkpoint of a finished run goes to Weights & Biases."""
-        if checkpoint is not None and self.cfg.wandb_artifact:
-            self.metrics.upload(checkpoint, f"{Path(self.cfg.out_dir).name}-{self.run_id}")
+        checkpoints = checkpoints_in(Path(self.cfg.out_dir) / "checkpoints")
+        if finished and checkpoints and self.cfg.wandb_artifact:
+            self.metrics.upload(checkpoints[-1], f"{Path(self.cfg.out_dir).name}-{self.run_id}")
         self.metrics.close()
 
 

@@ -41,8 +41,8 @@ from model_utils import (
 from optimizers import build_optimizers, lr_factor, set_learning_rates
 from preparation import prepare
 from profiling import start_profiler
-from report import write_report
 from records import Records
+from report import write_report
 from rows import SourceError
 from shards import TokenStream, is_prepared
 from tokenizer import Tokenizer
@@ -97,6 +97,8 @@ ORIGINAL = Config(
     top_p=0.95,
     # Weights & Biases
     wandb_project="llama3",
+    wandb_artifact=False,
+    tensorboard=False,
     # The model
     model=ModelConfig(dim=768, n_layers=16, n_heads=16, n_kv_heads=8, vocab_size=128_256, max_seq_len=1024),
 )
@@ -209,7 +211,7 @@ def train(cfg: Config, process: Process) -> int:
         if stop:
             break
     profiler.finish()
-    records.metrics.close()
+    records.close(finished=not stop)
     if stop and state.step < cfg.max_steps:
         process.print(f"stopped after step {state.step} by {signal.Signals(stop).name}; --resume True goes on there")
         return 128 + stop

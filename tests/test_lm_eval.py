@@ -37,28 +37,7 @@ metric_list:
   - metric: acc
   - metric: acc_norm
 """
-WORDS = [
-    "a",
-    "man",
-    "is",
-    "then",
-    "seen",
-    "walking",
-    "the",
-    "dog",
-    "slowly",
-    "[header]",
-    "How",
-    "to",
-    "[title]",
-    "Take",
-    "care",
-    "[step]",
-    "water",
-    "it",
-    "naïve",
-    "café",
-]
+WORDS = "a man is then seen walking the dog slowly [header] How to [title] Take care [step] water it naïve café".split()  # noqa: SIM905
 
 
 def write_rows(path, count):

@@ -31,8 +31,8 @@ from model_utils import (
     sum_over_processes,
     wrap_model,
 )
-from records import MetricsLog, start_tensorboard
 from optimizers import build_optimizers
+from records import MetricsLog, start_tensorboard
 from train import ORIGINAL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -319,6 +319,10 @@ log = MetricsLog(folder, run, True, last_step=0)
 log.write({{"step": 1, "tokens": 256, "train_loss": 2.5, "lr": 0.001, "grad_norm": 1.5, "mfu": 0.25}})
 log.write({{"step": 1, "tokens": 256, "val_loss": 2.25, "val_bpb": 1.75}})
 log.write({{"step": 2, "tokens": 512, "train_loss": 2.0, "lr": 0.001, "grad_norm": 1.25, "mfu": 0.25}})
+log.samples(2, 512, ["Once upon", "a time"])
+(folder / "step_00000002").mkdir()
+(folder / "step_00000002/model.safetensors").write_bytes(b"weights")
+log.upload(folder / "step_00000002", "run-abc12345")
 log.close()
 print(type(run).__name__)
 """
@@ -352,21 +356,58 @@ def wandb_records(path: Path) -> list:
     return records
 
 
-def test_offline_run_of_wandb_holds_every_metric(tmp_path):
+def test_offline_run_of_wandb_holds_every_metric_the_samples_and_the_checkpoint(tmp_path):
     pytest.importorskip("wandb")
     result = wandb_subprocess(tmp_path, "offline")
     assert result.returncode == 0 and result.stdout.split()[-1] == "Run", result
+    assert "Weights & Biases is off" not in result.stdout, result.stdout
     [path] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert "abc12345" in path.name
-    history = {}
+    history, axes, artifacts = {}, {}, {}
     for record in wandb_records(path):
-        if record.WhichOneof("record_type") == "history":
-            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            history[row["_step"]] = row
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            items = record.history.item
+            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+            history.setdefault(row["_step"], {}).update(row)
+        elif kind == "metric":
+            axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        elif kind == "artifact":
+            artifacts[record.artifact.name] = [entry.path for entry in record.artifact.manifest.contents]
     expected = {"tokens": 256, "train_loss": 2.5, "lr": 0.001, "grad_norm": 1.5, "mfu": 0.25}
     expected |= {"val_loss": 2.25, "val_bpb": 1.75}
     assert history[1].items() >= expected.items()
     assert history[2]["train_loss"] == 2.0
+    assert axes["*"] == "tokens"
+    assert history[2]["samples._type"] == "table-file"
+    [table] = tmp_path.glob("wandb/offline-run-*/files/" + history[2]["samples.path"])
+    assert json.loads(table.read_text())["data"] == [[2, "Once upon"], [2, "a time"]]
+    assert artifacts["run-abc12345"] == ["model.safetensors"]
+
+
+def test_tensorboard_holds_every_metric_and_the_samples(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = replace(ORIGINAL, out_dir=str(tmp_path), tensorboard=True)
+    alone = Process(0, 1, torch.device("cpu"))
+    for last_step, steps in ((-1, (1, 2, 3)), (1, (2,))):  # the second run goes on after step 1
+        log = MetricsLog(tmp_path, NullRun(), True, last_step, start_tensorboard(cfg, alone, last_step))
+        for step in steps:
+            log.write({"step": step, "tokens": 10 * step, "train_loss": 1.0 / step - last_step})
+        log.samples(steps[-1], 30, ["Once upon"])
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = [(event.step, event.value) for event in events.Scalars("train_loss")]
+    assert rows == [(1, 2.0), (2, -0.5)]
+    assert [event.step for event in events.Tensors("sample 0/text_summary")][-1] == 2
+    assert start_tensorboard(replace(cfg, tensorboard=False), alone, 0) is None
+    assert start_tensorboard(cfg, Process(1, 2, torch.device("cpu")), 0) is None
+
+
+def test_a_missing_tensorboard_is_said_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"tensorboard=True: .*; `pip install tensorboard`, or leave the flag out"):
+        start_tensorboard(replace(ORIGINAL, tensorboard=True), Process(0, 1, torch.device("cpu")), 0)
 
 
 @pytest.mark.slow
