@@ -1,4 +1,4 @@
-"""What a run will take of this device: memory, time and disk. `python train.py --dry_run` prints it, and writes nothing.
+"""What a run takes: memory, time and disk. `python train.py --dry_run` prints it, and writes nothing.
 
 The figures come from real updates on random ids: the model is built, wrapped and compiled as for a run, and train.py's
 own `update` is measured. Every rank takes part, and rank zero prints.
@@ -10,7 +10,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -40,26 +40,27 @@ def dry_run(cfg: Config, process: Process, update: Callable) -> int:
     model = place_model(Transformer(cfg.model), process.device)
     optimizers = build_optimizers(model, cfg)
     process.print(table("parameters", parameters_by_part(model)))
-    run = partial(update, wrap_model(model, optimizers, cfg, process), optimizers, bos_id=0, device=process.device)
+    wrapped = wrap_model(model, optimizers, cfg, process)
+    step = partial(update, optimizers=optimizers, step=1, bos_id=0, device=process.device)
     weights = sum(p.nbytes for p in model.parameters())
     checkpoint = checkpoint_bytes(model, optimizers)
     parts = {"weights": weights, "gradients": weights, "moments of the optimizer": checkpoint - weights}
 
-    trial = try_update(run, model, cfg, process, free)
-    if trial is None:
+    saved = try_update(step, wrapped, cfg, process, free)
+    if saved is None:
         process.print(table("memory, without the activations", {name: size(count) for name, count in parts.items()}))
         advice = "not even --batch_size 1 does: take a smaller model or a shorter --model.max_seq_len"
         for smaller in smaller_batch_sizes(cfg, process):
-            if try_update(run, model, replace(cfg, batch_size=smaller), process, free):
+            if try_update(step, wrapped, replace(cfg, batch_size=smaller), process, free) is not None:
                 advice = f"--batch_size {smaller} does; the update stays the same"
                 break
         process.print(
             f"--batch_size {cfg.batch_size} does not fit into the {size(free)} free on {process.device}; {advice}"
         )
         return 1
-    seconds = seconds_a_step(run, cfg, process)
+    seconds = seconds_a_step(step, wrapped, cfg, process)
     peak = max(memory_peak(process.device) - before, 0)
-    process.print(table(memory_title(process.device, free), memory_lines(parts, trial.saved, peak, cfg)))
+    process.print(table(memory_title(process.device, free), memory_lines(parts, saved, peak, cfg)))
     process.print(table("time", time_lines(cfg, process, seconds)))
     kept, free_disk = checkpoints_at_once(cfg) * checkpoint, disk_free(Path(cfg.out_dir))
     lines = {
@@ -73,13 +74,6 @@ def dry_run(cfg: Config, process: Process, update: Callable) -> int:
 
 
 # ---------------------------------------------------------------- measurements
-
-
-@dataclass
-class Trial:
-    """An update that fitted."""
-
-    saved: int  # bytes that autograd kept for the backward pass of a micro-step
 
 
 class SavedTensors:
@@ -99,24 +93,23 @@ class SavedTensors:
         return tensor
 
 
-def try_update(run: Callable, model: Transformer, cfg: Config, process: Process, free: float) -> Trial | None:
-    """Run updates as large as memory will ever see; None if they do not fit on some rank.
+def try_update(step: Callable, wrapped: nn.Module, cfg: Config, process: Process, free: float) -> int | None:
+    """Run updates that take as much memory as any of the run. Return the bytes that autograd keeps for a backward pass,
+    or None if the updates do not fit on some rank.
 
     Two micro-steps are enough: in the second one the gradients of the first are there beside the activations.
     """
     if process.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(process.device)
-    saved, fits = SavedTensors(model), True
-    # With several processes, each rank tries alone. If one of them ran out of memory within an all-reduce, the others
-    # would wait for it for ever.
-    if process.world_size > 1:
-        run = partial(run.func, run.args[0].module, *run.args[1:], **run.keywords)
-    batches = random_batches(cfg)
+    # Several processes try alone, without DDP. If one of them ran out of memory within an all-reduce, the others would
+    # wait for it for ever.
+    model = wrapped.module if process.world_size > 1 else wrapped
+    saved, batches, fits = SavedTensors(model), random_batches(cfg), True
     try:
-        run(batches, 1, cfg, accumulation=1)  # compiles
+        step(model, batches=batches, cfg=cfg, accumulation=1)  # compiles
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-            run(batches, 1, cfg, accumulation=1)
-        run(batches, 1, cfg, accumulation=min(2, accumulation_of(cfg, process)))
+            step(model, batches=batches, cfg=cfg, accumulation=1)
+        step(model, batches=batches, cfg=cfg, accumulation=min(2, accumulation_of(cfg, process)))
         if process.device.type == "cuda":
             fits = memory_peak(process.device) <= MARGIN * free
     except torch.OutOfMemoryError:
@@ -127,29 +120,27 @@ def try_update(run: Callable, model: Transformer, cfg: Config, process: Process,
         if process.device.type == "cuda":
             torch.cuda.empty_cache()
     [failed] = sum_over_processes([float(not fits)], process.device)
-    return None if failed else Trial(sum(saved.sizes.values()))
+    return None if failed else sum(saved.sizes.values())
 
 
-def seconds_a_step(run: Callable, cfg: Config, process: Process) -> float:
+def seconds_a_step(step: Callable, wrapped: nn.Module, cfg: Config, process: Process) -> float:
     """Seconds of an update, the median of three.
 
-    All micro-steps but the last take the same time. So updates of one and of two micro-steps tell what a longer update
-    takes, which may be minutes on a CPU.
+    All micro-steps but the last take the same time. So a long update, which may be minutes on a CPU, is not measured:
+    updates of one and of two micro-steps tell what it takes.
     """
-    accumulation, batches, medians = accumulation_of(cfg, process), random_batches(cfg), []
-    for micro_steps in sorted({min(2, accumulation), 1 if accumulation > 2 else min(2, accumulation)}):
+    accumulation, batches = accumulation_of(cfg, process), random_batches(cfg)
+    medians = []
+    for micro_steps in (1, 2) if accumulation > 2 else (accumulation,):
         seconds = []
-        for _ in range(1 + MEASURED_STEPS):  # the first one warms up
+        for _ in range(MEASURED_STEPS):
             began = time.perf_counter()
-            run(batches, 1, cfg, accumulation=micro_steps)
+            step(wrapped, batches=batches, cfg=cfg, accumulation=micro_steps)
             if process.device.type != "cpu":
                 torch.accelerator.synchronize(process.device)
             seconds.append(time.perf_counter() - began)
-        medians.append(statistics.median(seconds[1:]))
-    if accumulation <= 2:
-        return medians[0]
-    one, two = medians
-    return one + (accumulation - 1) * max(two - one, 0.0)
+        medians.append(statistics.median(seconds))
+    return medians[0] + max(medians[-1] - medians[0], 0) * (accumulation - 1)
 
 
 def random_batches(cfg: Config) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,7 +3,7 @@
     python train.py                                          one GPU, or the CPU
     torchrun --standalone --nproc_per_node 8 train.py        a node of eight GPUs
     python train.py --max_steps 1000 --model.dim 512         every field of the CONFIGURATION block is a flag
-    python train.py --dry_run                                show the memory, time and disk that a run takes; write nothing
+    python train.py --dry_run                                what a run takes: memory, time, disk
 
 Edit the block, or pass flags. If the corpus that `data_root` names has not been prepared, a small sample model is
 trained on the Python standard library instead. That takes two to eight minutes on two CPU cores.
