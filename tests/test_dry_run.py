@@ -119,12 +119,12 @@ def corpus(tmp_path_factory) -> Path:
 
 OTHER_SHAPE = {
     "model.dim": 256,
-    "model.n_layers": 6,
+    "model.n_layers": 2,
     "model.n_heads": 4,
     "model.n_kv_heads": 2,
     "model.max_seq_len": 256,
     "batch_size": 4,
-    "total_batch_size": 2048,
+    "total_batch_size": 3072,  # three micro-steps, so the time is composed
     "optimizer": "adamw",
     "dtype": "float32",
     "compile": False,
@@ -143,6 +143,7 @@ def test_the_memory_is_what_a_real_step_takes(changes, corpus, tmp_path):
     shown = memory_of(out)
     real = run_python("-c", MEASURE, str(ROOT), *words(fields), cwd=tmp_path)
     growth = max(int(figure) for figure in re.findall(r"GROWTH (\d+)", real))
+    print(f"shown {shown}, grown {growth}, ratio {shown['peak of a step'] / growth:.3f}")
     assert shown["peak of a step"] == pytest.approx(growth, rel=0.15)
     parts = [value for name, value in shown.items() if name != "peak of a step"]
     assert sum(parts) == pytest.approx(shown["peak of a step"], rel=0.01)  # nothing is hidden, nothing counts twice
