@@ -80,10 +80,15 @@ class Config:
     # The model; its fields are flags too, --model.dim and so on
     model: ModelConfig
 
+    # An order, not a setting: no record of a run has it. `--dry_run` alone means `--dry_run True`.
+    dry_run: bool = False  # show what the run will take, and stop; writes nothing
+
 
 def config_as_dict(config: Any) -> dict:
-    """A dataclass as plain JSON data."""
-    return json.loads(json.dumps(asdict(config)))
+    """A configuration as plain JSON data, as the records of a run hold it."""
+    values = asdict(config)
+    values.pop("dry_run", None)
+    return json.loads(json.dumps(values))
 
 
 # ---------------------------------------------------------------- torchrun's environment
@@ -183,6 +188,16 @@ def with_model_of(cfg: Config, args: list[str]) -> tuple[Config, list[str]]:
     return replace(cfg, model=replace(model, max_seq_len=length)), errors
 
 
+def spell_out_dry_run(args: list[str]) -> list[str]:
+    """`args` with a True after each --dry_run that has no value. The other flags always take one."""
+    words = []
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        words.append(word)
+        if word in ("--dry_run", "--dry-run") and following not in ("True", "False"):
+            words.append("True")
+    return words
+
+
 def read_config(args: list[str], original: Config, sample: Config, description: str | None = None) -> Config:
     """`original` with the flags in `args`; `sample` with them where the original's data is not prepared.
 
@@ -190,7 +205,9 @@ def read_config(args: list[str], original: Config, sample: Config, description: 
         ValueError: fields that cannot be honoured, all of them in one message.
         SystemExit: a flag that does not exist, or --help.
     """
-    parse = partial(tyro.cli, Config, args=args, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    parse = partial(
+        tyro.cli, Config, args=spell_out_dry_run(args), use_underscores=True, config=(tyro.conf.FlagConversionOff,)
+    )
     cfg, sample = parse(default=original, description=description), parse(default=sample)
     errors = []
     data_given = cfg.data_root == sample.data_root  # the two configurations differ in it, unless a flag set it

@@ -3,6 +3,7 @@
     python train.py                                          one GPU, or the CPU
     torchrun --standalone --nproc_per_node 8 train.py        a node of eight GPUs
     python train.py --max_steps 1000 --model.dim 512         every field of the CONFIGURATION block is a flag
+    python train.py --dry_run                                what a run takes: memory, time, disk
 
 Edit the block, or pass flags. If the corpus that `data_root` names has not been prepared, a small sample model is
 trained on the Python standard library instead. That takes two to eight minutes on two CPU cores.
@@ -13,16 +14,19 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import hellaswag_utils
 from checkpoints import TrainState, save_checkpoint
 from config import Config, local_device, local_rank, read_config, world_size
 from dataloaders import BLOCK, BatchLayout, TrainWindows, open_streams, validation_batches
+from dry_run import dry_run
 from evaluation import draw_samples, score_hellaswag, validate
 from files import allow_any_text_in_output
 from load_hellaswag_dataset import write_sample
@@ -133,6 +137,40 @@ SAMPLE = replace(
 # ============================== END CONFIGURATION ==============================
 
 
+def update(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batches: Iterator[tuple[Tensor, Tensor]],
+    step: int,
+    cfg: Config,
+    *,
+    accumulation: int,
+    bos_id: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, float]:
+    """Update number `step`: accumulate, clip, learning rate, step. It takes a batch for each micro-step.
+
+    Returns the mean loss of this process, the norm of the gradient before clipping, and the share of the peak learning
+    rate. dry_run.py measures this function.
+    """
+    mean_loss = torch.zeros((), device=device)
+    for micro_step in range(accumulation):
+        x, y = (t.to(device, non_blocking=True) for t in next(batches))  # (B, T) each
+        # DDP decides in the forward pass whether the backward pass will send gradients: once a step is enough.
+        model.require_backward_grad_sync = micro_step == accumulation - 1
+        positions = document_positions(x, bos_id) if cfg.document_mask else None
+        loss = model(x, y, positions=positions)
+        (loss / accumulation).backward()
+        mean_loss += loss.detach() / accumulation
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+    factor = lr_factor(step, cfg)
+    set_learning_rates(optimizers, factor)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return mean_loss, grad_norm, factor
+
+
 def train(cfg: Config, process: Process) -> int:
     """The run; returns the exit status."""
     device, out_dir = process.device, Path(cfg.out_dir)
@@ -156,28 +194,15 @@ def train(cfg: Config, process: Process) -> int:
         row = validate(bare_model, data.val_streams, data.tokenizer, cfg, process)
         check_finite(0, {"validation loss": row["val_loss"]}, out_dir)
         records.validation(0, row, shares={})
-    accumulation = data.windows.layout.accumulation
+    accumulation, bos_id = data.windows.layout.accumulation, data.tokenizer.bos_id
     batches = data.windows.batches(state.step, cfg.max_steps, device)
     profiler = start_profiler(cfg.profile, out_dir / "profile", process)
     stop_signal, stop = StopSignal(), 0  # what this process has heard, and the signal that all have agreed on
     for step in range(state.step + 1, cfg.max_steps + 1):
-        # ---- one update: accumulate, clip, learning rate, step
         began = time.perf_counter()
-        mean_loss = torch.zeros((), device=device)
-        for micro_step in range(accumulation):
-            x, y = (t.to(device, non_blocking=True) for t in next(batches))  # (B, T) each
-            # DDP decides in the forward pass whether the backward pass will send gradients: once a step is enough.
-            model.require_backward_grad_sync = micro_step == accumulation - 1
-            positions = document_positions(x, data.tokenizer.bos_id) if cfg.document_mask else None
-            loss = model(x, y, positions=positions)
-            (loss / accumulation).backward()
-            mean_loss += loss.detach() / accumulation
-        grad_norm = torch.nn.utils.clip_grad_norm_(bare_model.parameters(), cfg.grad_clip or math.inf)
-        factor = lr_factor(step, cfg)
-        set_learning_rates(optimizers, factor)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        mean_loss, grad_norm, factor = update(
+            model, optimizers, batches, step, cfg, accumulation=accumulation, bos_id=bos_id, device=device
+        )
 
         # ---- record: all ranks agree on the loss, on whether it is a number, and on whether someone asked to stop
         losses, stop = share_loss_and_stop(mean_loss.item(), stop_signal.number, process)
@@ -307,7 +332,7 @@ def main() -> int:
     try:
         cfg = read_config(sys.argv[1:], ORIGINAL, SAMPLE, description=__doc__)
         process = start_process(local_device(cfg.device))
-        status = train(cfg, process)
+        status = dry_run(cfg, process, update) if cfg.dry_run else train(cfg, process)
     except (ValueError, OSError, MemoryError, SourceError) as error:
         # Before the process group exists, all ranks of a machine find the same error, so one of them prints it. Later
         # a rank may fail alone, so each prints its own.
