@@ -30,7 +30,7 @@ _SPLIT = r"(?::(?P<config>[^:/]*)(?::(?P<split>[^:/]+))?)?"
 DATASET_NAME = re.compile(_REPOSITORY + _REVISION + _SPLIT, re.ASCII)
 HF_ADDRESS = re.compile(rf"hf://datasets/{_REPOSITORY}{_REVISION}(?:/(?P<folder>[^:]+?))?/?{_SPLIT}", re.ASCII)
 PAGE_PATH = re.compile(
-    rf"/datasets/{_REPOSITORY}/?(?:(?:tree|blob|resolve)/(?P<revision>[^/]+)/?(?P<folder>.*?)/?"
+    rf"/datasets/{_REPOSITORY}/?(?:(?:tree|blob|raw|resolve)/(?P<revision>[^/]+)/?(?P<folder>.*?)/?"
     r"|viewer(?:/(?P<config>[^/]+))?(?:/(?P<split>[^/]+))?/?)?",
     re.ASCII,
 )
@@ -67,13 +67,17 @@ def parse_name(word: str) -> DatasetName | None:
     """
     if word.startswith("hf://"):
         match = HF_ADDRESS.fullmatch(word)
-    elif word.startswith(("http://", "https://")):
-        match = PAGE_PATH.fullmatch(unquote(urlsplit(word).path))
+    elif "://" in word:
+        from huggingface_hub import constants
+
+        address = urlsplit(word)
+        hosts = ("huggingface.co", "www.huggingface.co", "hf.co", urlsplit(constants.ENDPOINT).netloc)
+        match = PAGE_PATH.fullmatch(address.path) if address.netloc.lower() in hosts else None
     else:
         match = DATASET_NAME.fullmatch(word.rstrip("/"))
     if match is None:
         return None
-    parts = {name: part for name, part in match.groupdict().items() if part}
+    parts = {name: unquote(part) for name, part in match.groupdict().items() if part}
     return None if "folder" in parts and "config" in parts else DatasetName(**parts)
 
 
@@ -107,7 +111,10 @@ def resolve(name: DatasetName) -> tuple[str, list[HubFile]]:
         raise SourceError(f"{name}: holds no file that ends in {SUFFIXES}; name another data set or folder")
     entries = [found[path] for path in (sorted(paths) if name.folder else paths) if path in found]
     files = [HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None) for entry in entries]
-    with suppress(PermissionError), atomic_write(_listing(name), "w") as file:  # a folder of others may be read-only
+    with (
+        suppress(OSError),
+        atomic_write(_listing(name), "w") as file,
+    ):  # full, or of others: only offline runs need it
         json.dump({"commit": commit, "files": list(map(astuple, files))}, file)
     return commit, files
 

@@ -40,6 +40,7 @@ OWN_FOLDERS = {
     "hellaswag": [],
 }  # in data/, and their sources
 
+MOST = 10**15  # of any number that a flag takes
 FEW_TOKENS = 8192  # of a validation shard: its loss would be mostly noise
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 WINDOW = 100  # tokens in each window of text that --stats shows
@@ -53,8 +54,17 @@ def default_out_dir(source: list[str]) -> Path:
     if opened.label in OWN_FOLDERS:
         taken = OWN_FOLDERS[opened.label] != source
     else:
-        taken = folder.exists() and any(folder.iterdir()) and read_mark(folder).get("source_id") != opened.id
+        is_used = folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir())
+        taken = is_used and not is_mark_of(folder, opened.id)
     return folder.with_name(f"{opened.label}-{opened.id}") if taken else folder
+
+
+def is_mark_of(folder: Path, source_id: str) -> bool:
+    """Whether a folder is the preparation of a source."""
+    try:
+        return read_mark(folder).get("source_id") == source_id
+    except SourceError:  # another program's
+        return False
 
 
 def summary(folder: Path, manifest: dict) -> str:
@@ -81,16 +91,17 @@ def summary(folder: Path, manifest: dict) -> str:
 def advice(manifest: dict) -> str | None:
     """A sentence about a validation part that is too small or too large. None if it is neither."""
     tokens = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split) for split in ("train", "val")}
-    flag = "--val_source" if manifest["val_source"] else "--val_fraction"
+    flag = "larger --val_source" if manifest["val_source"] else "larger --val_fraction, a --val_source"
     if tokens["val"] > tokens["train"]:
         return (
-            f"{tokens['val']:,} tokens are held out and {tokens['train']:,} are left to train on: pass a smaller {flag}"
+            f"{tokens['val']:,} tokens are held out and {tokens['train']:,} are left to train on: pass a "
+            f"{flag.replace('larger', 'smaller').removesuffix(', a --val_source')}"
             " (or a --document_separator, if the source is one long text)"
         )
     if tokens["val"] < FEW_TOKENS:
         return (
-            f"{tokens['val']:,} tokens are held out, too few to validate with: pass a larger {flag}, a --val_source, or"
-            " a --document_separator, if the source is one long text"
+            f"{tokens['val']:,} tokens are held out, too few to validate with: pass a {flag}, or a"
+            " --document_separator, if the source is one long text"
         )
     return None
 
@@ -167,6 +178,8 @@ def read_flags() -> argparse.Namespace:
     for name, least in (("shard_size", 1), ("max_tokens", 1), ("num_proc", 1), ("skip_bad_rows", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
+        if getattr(args, name) is not None and getattr(args, name) > MOST:
+            parser.error(f"--{name} {getattr(args, name)}: must be at most {MOST:,}")
     return args
 
 

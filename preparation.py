@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from files import FolderLocked, atomic_write, check_free_space, full_disk_named, lock_folder, replace_synced
+from held_out import IN_VAL_SOURCE, LEFT_OUT, TRAIN, VAL, HeldOut, ids_of, write_val_source
 from rows import ReadOptions, SourceError
 from shards import (
     MANIFEST,
@@ -34,7 +35,7 @@ from shards import (
     shard_name,
     token_dtype,
 )
-from sources import Source, open_source
+from sources import Sample, Source, check_flags, open_source
 from tokenizer import Tokenizer
 from workers import Tokenized, tokenized
 
@@ -45,10 +46,6 @@ SAMPLE_VAL_FRACTION = 0.04  # of about 3 million tokens: nearly a shard
 
 PROGRESS = "progress.json"
 OWN_TEMPORARY = (".edufineweb_*.tmp", f".{PROGRESS}.*.tmp", f".{MANIFEST}.*.tmp")
-
-TRAIN, VAL, LEFT_OUT = range(3)  # what becomes of a document
-BEYOND_SHARD = "held out beyond the validation shard"
-IN_VAL_SOURCE = "also in the validation source"
 
 
 def prepare(
@@ -90,14 +87,15 @@ def prepare(
     tokenizer, out_dir, options = Tokenizer(vocab_size=vocab_size), Path(out_dir), options or ReadOptions()
     if val_source and val_fraction is not None:
         raise ValueError("--val_fraction and --val_source exclude each other; leave one of them out")
-    if val_fraction is None:
-        val_fraction = SAMPLE_VAL_FRACTION if source == ["sample"] else 0.01
+    default = SAMPLE_VAL_FRACTION if source == ["sample"] else VAL_FRACTION
+    val_fraction = default if val_fraction is None else val_fraction
     if not 0 <= val_fraction < 1:
         raise ValueError(f"--val_fraction {val_fraction}: must be at least 0 and less than 1")
     pins = read_mark(out_dir).get("hub", [])
     own_files = [out_dir / MANIFEST, out_dir / PROGRESS]  # `out_dir` may lie in a folder of the source
     opened = open_source(source, options, stream=stream, pins=pins, ignored=own_files)
     val_opened = open_source(val_source, options, stream=stream, pins=pins, ignored=own_files) if val_source else None
+    check_flags([opened, val_opened] if val_opened else [opened], stream)
     recipe = _recipe(opened, val_opened, tokenizer, shard_size, max_tokens, None if val_source else val_fraction)
     if is_prepared(out_dir):
         return _compared(read_mark(out_dir), recipe, out_dir)
@@ -139,58 +137,6 @@ def _recipe(
     }
 
 
-# ---------------------------------------------------------------- which documents are held out
-
-
-class HeldOut:
-    """Says of each document whether it is for training, for validation, or left out.
-
-    Args:
-        fraction: share of the documents whose hash selects them for validation.
-        hashes: those of the documents of a separate validation source. Such documents are left out of training.
-    """
-
-    def __init__(self, fraction: float | None, hashes: np.ndarray | None = None):
-        self.limit, self.hashes = np.uint64(int((fraction or 0) * 2**64)), hashes
-
-    def assign(self, batch: Tokenized, room: int) -> tuple[np.ndarray, dict[int, str]]:
-        """Returns TRAIN, VAL or LEFT_OUT for each document (D,), and the batch's notes, with one for each left out.
-
-        Args:
-            room: tokens that the validation shard has room for. A document goes there whole, or not at all.
-        """
-        parts, notes = np.full(len(batch.lengths), TRAIN, dtype=np.int8), dict(batch.notes)
-        if self.hashes is not None:
-            left_out, reason = np.flatnonzero(np.isin(batch.hashes, self.hashes) & (batch.lengths > 0)), IN_VAL_SOURCE
-        else:
-            left_out, reason = [], BEYOND_SHARD
-            for i in np.flatnonzero((batch.hashes < self.limit) & (batch.lengths > 0)):
-                if batch.lengths[i] <= room:
-                    parts[i] = VAL
-                    room -= batch.lengths[i]
-                else:
-                    left_out.append(i)
-        parts[left_out] = LEFT_OUT
-        return parts, notes | {int(i): reason for i in left_out}
-
-
-def _write_val_source(
-    source: Source, val: ValidationShard, tokenizer: Tokenizer, num_proc: int, shard_size: int
-) -> np.ndarray:
-    """Write the first documents of a source into the validation shard, until one does not fit. Returns their hashes."""
-    hashes = [np.empty(0, np.uint64)]
-    with closing(tokenized(source.read(), tokenizer, num_proc)) as results:
-        for batch, _ in results:
-            ends = np.cumsum(batch.lengths)
-            documents = int(np.searchsorted(ends, shard_size - val.counts["tokens"], side="right"))
-            val.add(batch.ids[: ends[documents - 1] if documents else 0])
-            hashes.append(batch.hashes[:documents][batch.lengths[:documents] > 0])
-            if documents < len(batch.lengths):
-                break
-    val.sync()
-    return np.unique(np.concatenate(hashes))
-
-
 # ---------------------------------------------------------------- the folder
 
 
@@ -199,9 +145,9 @@ class Progress:
     """Which shards are whole, and where to go on: at document number `document`, the first one of a batch."""
 
     document: int = 0
-    digest: str = ""  # `Batch.digest` there
+    batch: tuple[str, str, int] = ("", "", 0)  # its digests and its number of documents: its rows must stay the same
     tokens: int = 0  # of the source before `document`, without documents left out
-    train_tokens: int = 0  # those of them that are for training; some later ones are in whole shards already
+    train_tokens: int = 0  # of these, the tokens for training; the whole shards may hold more
     val: dict[str, int] = field(default_factory=dict)  # what the validation shard holds of the documents before
     odd_documents: dict[str, int] = field(default_factory=dict)  # how many of each kind, before `document`
     shards: list[dict] = field(default_factory=list)  # ShardWriter's descriptions of the whole shards
@@ -218,7 +164,7 @@ def _write_folder(
 ) -> dict:
     """Write the shards that are missing, and the manifest. Return the manifest."""
     progress = _load_progress(out_dir, recipe)
-    shard_size = recipe["shard_size"] or (SAMPLE_SHARD_SIZE if source.name == "sample" else SHARD_SIZE)
+    shard_size = recipe["shard_size"] or (SAMPLE_SHARD_SIZE if isinstance(source.parts[0], Sample) else SHARD_SIZE)
     about = {"source_id": source.id, "hub": source.pins + (val_source.pins if val_source else [])}
     try:
         for part in source.parts + (val_source.parts if val_source else []):
@@ -229,8 +175,9 @@ def _write_folder(
         with full_disk_named(out_dir), ValidationShard(out_dir, tokenizer, {} if val_source else progress.val) as val:
             held_out = HeldOut(recipe["val_fraction"])
             if val_source:
-                held_out = HeldOut(None, _write_val_source(val_source, val, tokenizer, num_proc, shard_size))
-            batches = source.read(progress.document, progress.digest, progress.odd_documents.get("broken", 0))
+                held_out = HeldOut(None, write_val_source(val_source, val, tokenizer, num_proc, shard_size))
+            before = tuple(progress.batch) if progress.shards else None
+            batches = source.read(progress.document, before, progress.odd_documents.get("broken", 0))
             with (
                 ShardWriter(out_dir, shard_size, tokenizer, progress.shards) as writer,
                 closing(tokenized(batches, tokenizer, num_proc)) as results,
@@ -240,7 +187,12 @@ def _write_folder(
                 _write_shards(results, progress, held_out, writer, val, recipe["max_tokens"], save, bar)
                 writer.close()
             if not progress.tokens:
-                raise SourceError(f"{source.name}: no document has any text; check the source")
+                what = (
+                    "no document has any text"
+                    if not progress.odd_documents.get(IN_VAL_SOURCE)
+                    else ("all documents are in the validation source too")
+                )
+                raise SourceError(f"{source.name}: {what}; check the source")
             shards = [val.close(), *writer.shards]
     except BaseException:
         if not progress.shards:  # nothing to go on with: leave no mark
@@ -257,7 +209,7 @@ def _write_folder(
 
 
 def _write_shards(
-    results: Iterator[tuple[Tokenized, str]],
+    results: Iterator[tuple[Tokenized, tuple[str, str]]],
     progress: Progress,
     held_out: HeldOut,
     writer: ShardWriter,
@@ -269,7 +221,8 @@ def _write_shards(
     """Write the batches of `results` into shards, and keep `progress`. `save` writes it into the folder."""
     bar.update(progress.tokens)
     skip = sum(shard["tokens"] for shard in progress.shards) - progress.train_tokens  # written before the kill
-    for batch, progress.digest in results:
+    for batch, digests in results:
+        progress.batch = (*digests, len(batch.lengths))
         if max_tokens is not None and progress.tokens >= max_tokens:
             return
         parts, notes = held_out.assign(batch, writer.shard_size - val.counts["tokens"])
@@ -277,7 +230,7 @@ def _write_shards(
         if max_tokens is not None and progress.tokens + tokens[-1] >= max_tokens:  # cut after the document that does it
             parts = parts[: np.searchsorted(tokens, max_tokens - progress.tokens) + 1]
         documents = len(parts)
-        train, held_out_ids = (_ids_of(batch, parts, part) for part in (TRAIN, VAL))
+        train, held_out_ids = (ids_of(batch, parts, part) for part in (TRAIN, VAL))
         written = min(skip, len(train))
         skip -= written
         while written < len(train):
@@ -295,16 +248,6 @@ def _write_shards(
         progress.val = dict(val.counts)
         odd_documents = Counter(kind for i, kind in notes.items() if i < documents)
         progress.odd_documents = dict(Counter(progress.odd_documents) + odd_documents)
-
-
-def _ids_of(batch: Tokenized, parts: np.ndarray, part: int) -> np.ndarray:
-    """The ids of the documents of one part, for the first `len(parts)` documents. Slices are faster than a mask."""
-    ends = np.cumsum(batch.lengths[: len(parts)])
-    borders = np.flatnonzero(np.diff(parts)) + 1  # the documents that begin a run of documents of another part
-    runs = np.split(batch.ids[: ends[-1]], ends[borders - 1])
-    return np.concatenate(
-        [batch.ids[:0], *(run for run, i in zip(runs, [0, *borders], strict=True) if parts[i] == part)]
-    )
 
 
 def _check_disk(source: Source, out_dir: Path, recipe: dict, tokens: int) -> None:
@@ -332,11 +275,17 @@ def _load_progress(out_dir: Path, recipe: dict) -> Progress:
         _compared(mark, {key: value for key, value in recipe.items() if key != "revision"}, out_dir)
         try:
             progress = Progress(**{name: mark[name] for name in Progress.__dataclass_fields__})
-        except KeyError as error:
-            raise SourceError(f"{out_dir / PROGRESS}: lacks {error}; delete {out_dir} and run this again") from error
+            if [type(value) for value in asdict(progress).values()] != [int, list, int, int, dict, dict, list]:
+                raise TypeError("a value has another type")
+        except (KeyError, TypeError) as error:
+            raise SourceError(
+                f"{out_dir / PROGRESS}: damaged ({error}); delete {out_dir} and run this again"
+            ) from error
         _check_shards(out_dir, progress.shards)
     leftovers = {path.name for path in out_dir.glob("edufineweb_*.npy")} - {shard["file"] for shard in progress.shards}
-    # Our mark stands for the shard that a kill left before it was listed, and for the validation shard.
+    if (out_dir / VAL_TEMPORARY).exists() and not mark:
+        leftovers.add(VAL_TEMPORARY)
+    # Where our mark is, two files that it does not list are ours: the next shard, and the validation shard.
     own = {shard_name(len(progress.shards) + 1), shard_name(0)} if mark else set()
     if foreign := leftovers - own:
         raise SourceError(f"{out_dir / min(foreign)}: not of this preparation; choose another --out_dir, or move it")
@@ -357,22 +306,32 @@ def read_mark(out_dir: Path) -> dict[str, Any]:
     """The manifest of a folder, or the progress of an unfinished one. Empty if it has neither.
 
     Raises:
-        SourceError: the file is not a JSON object.
+        SourceError: the file is not a JSON object, or not of this program.
     """
     path = out_dir / MANIFEST
+    if out_dir.exists() and not out_dir.is_dir():
+        raise SourceError(f"{out_dir}: a file, not a folder; choose another --out_dir")
     if not path.is_file():
         path = out_dir / PROGRESS
         if not path.is_file():
             return {}
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
+        mark = {**json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, TypeError) as error:
         raise SourceError(f"{path}: not a JSON object; delete {path.parent} and run this again") from error
+    lists = [mark.get("shards"), mark.get("hub", [])]
+    if "tokenizer_fingerprint" not in mark or not all(isinstance(value, list) for value in lists):
+        raise SourceError(f"{path}: not of this program; choose another --out_dir, or move the file")
+    return mark
 
 
 def _compared(mark: dict, recipe: dict, out_dir: Path) -> dict:
     """`mark`, if it has this recipe. Raises SourceError if not."""
-    differences = [f"{key} {mark.get(key)} there, {now} asked" for key, now in recipe.items() if mark.get(key) != now]
+    differences = [
+        f"{key} {str(mark.get(key))[:40]} there, {str(now)[:40]} asked"
+        for key, now in recipe.items()
+        if mark.get(key) != now
+    ]
     if differences:
         raise SourceError(
             f"{out_dir}: holds other data ({'; '.join(differences)}); choose another --out_dir, or delete it"

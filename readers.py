@@ -6,17 +6,19 @@ timestamps, and are slower on Parquet (docs/LOG.md, 2026-11-27).
 """
 
 import bz2
+import csv
 import gzip
 import hashlib
 import lzma
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import IO, Any, NamedTuple, TypeVar
@@ -31,6 +33,9 @@ BATCH_DOCUMENTS = 200  # most documents in a batch: 200 web pages are nearly a m
 BATCH_BYTES = 2**20  # long documents make shorter batches, because larger ones do not fit the processors' caches
 
 
+DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error)
+DAMAGE += (NotImplementedError, KeyError, SystemError)  # pyarrow raises these too, besides ValueErrors
+
 T = TypeVar("T")
 
 
@@ -39,13 +44,14 @@ class BadRow:
 
 
 class Batch(NamedTuple):
-    """Documents, and a digest of all rows before them. A resumed run compares the digest.
+    """Documents, and digests of all rows before them and up to their end. A resumed run compares the digests.
 
     `documents` is a list or an arrow array. A document is a str. A row without text may hold anything else.
     """
 
     documents: Sequence
     digest: str
+    end_digest: str
 
 
 def file_format(name: str) -> tuple[str, str] | None:
@@ -61,10 +67,12 @@ class Reader:
     Args:
         skip: number of documents to leave out at the beginning. The attribute counts those that are still to come.
         bad_rows: how many broken rows an earlier run has met among them.
+        border: number of documents after these at which a batch ends, so that digests there can be compared.
     """
 
-    def __init__(self, options: ReadOptions, skip: int = 0, bad_rows: int = 0):
-        self.options, self.skip, self.bad_rows, self.digest = options, skip, bad_rows, hashlib.sha256()
+    def __init__(self, options: ReadOptions, skip: int = 0, bad_rows: int = 0, border: int = 0):
+        self.options, self.skip, self.bad_rows, self.border = options, skip, bad_rows, border
+        self.digest = hashlib.sha256()
 
     def read(self, name: str, open_file: Callable[[], IO[bytes]], fingerprint: str | None) -> Iterator[Batch]:
         """Yields the documents of a file.
@@ -116,11 +124,12 @@ class Reader:
                 self._hash(row)
             documents.append(document)
             size += len(document) if isinstance(document, str) else 0
-            if len(documents) == BATCH_DOCUMENTS or size > BATCH_BYTES:
-                yield Batch(documents, digest)
-                documents, size, digest = [], 0, self.digest.hexdigest()
+            self.border -= 1
+            if len(documents) == BATCH_DOCUMENTS or size > BATCH_BYTES or self.border == 0:
+                yield Batch(documents, digest, digest := self.digest.hexdigest())
+                documents, size = [], 0
         if documents:
-            yield Batch(documents, digest)
+            yield Batch(documents, digest, self.digest.hexdigest())
 
     def _column_batches(self, parts: Iterable[tuple[int, Callable]]) -> Iterator[Batch]:
         """`parts`: of each part of the file the number of rows, and a function that reads them as arrow arrays."""
@@ -131,8 +140,9 @@ class Reader:
                 continue
             for column in read_part():
                 first, self.skip = self.skip, max(0, self.skip - len(column))
+                self.border -= max(0, len(column) - first)
                 for documents in _array_slices(column, first):
-                    yield Batch(documents, digest)
+                    yield Batch(documents, digest, digest)
 
     def _hash(self, row: Any) -> None:
         self.digest.update(row if isinstance(row, bytes) else repr(row).encode("utf-8", "backslashreplace"))
@@ -222,7 +232,7 @@ COLUMN_FORMATS = {".parquet": _parquet_parts, ".arrow": _arrow_parts}
 def check_column(schema: Any, name: str, column: str) -> None:
     """Raises SourceError unless the arrow schema of the file `name` has a column of text of this name."""
     texts = [field.name for field in schema if _is_text(field.type)]
-    if column not in schema.names:
+    if schema.names.count(column) != 1:
         raise no_column(name, column, schema.names, texts)
     if column not in texts:
         raise SourceError(
@@ -242,10 +252,11 @@ def _is_text(kind: Any) -> bool:
 
 
 def _as_text(column: Any) -> Any:
-    """An array of strings. Raises pyarrow.ArrowInvalid if the column holds bytes that are not UTF-8."""
+    """An array of strings. Raises pyarrow.ArrowInvalid if the column is damaged or holds bytes that are not UTF-8."""
     import pyarrow
     from pyarrow import types
 
+    column.validate(full=True)  # else damaged offsets end the process with a segmentation fault
     is_text = types.is_string(column.type) or types.is_large_string(column.type)
     return column if is_text else column.cast(pyarrow.string())
 
@@ -258,6 +269,16 @@ def _array_slices(column: Any, first: int) -> Iterator[Sequence]:
     rows = max(1, min(BATCH_DOCUMENTS, BATCH_BYTES * len(column) // max(1, column.nbytes)))
     for start in range(first, len(column), rows):
         yield column[start : start + rows].to_pylist()
+
+
+@contextmanager
+def named_damage(path: Path | str) -> Iterator[None]:
+    """Make a SourceError that names the file of an error in reading it."""
+    try:
+        yield
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())  # on one line
+        raise SourceError(f"{path}: cannot be read ({reason}); replace the file") from error
 
 
 def read_ahead(items: Iterable[T], size: int) -> Iterator[T | None]:

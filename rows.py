@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,10 @@ def open_rows(
 ) -> tuple[Iterator[tuple[int, Any]], Callable[[Any], Any], str]:
     """The rows of a file with their numbers, a function from a row to its document, and what the numbers count."""
     content = io.BufferedReader(content, BLOCK_BYTES)
-    encoding = _encoding(content.peek(4)[:4], options.encoding)
+    head = content.peek(4)[:4]
+    encoding = _encoding(head, options.encoding)
+    if options.encoding is None and encoding == "utf-8" and b"\0" in head:
+        raise nul_error(name)
     if suffix == ".txt":
         guessed = options.encoding is None and encoding == "utf-8"
         return _texts(content, name, encoding, options.document_separator, guessed), lambda text: text, "document"
@@ -66,7 +70,9 @@ def open_rows(
     if suffix == ".json" and content.peek().decode(encoding, "ignore").lstrip().startswith("["):
         text = io.TextIOWrapper(content, encoding)
         return _array_elements(text, name), partial(_text_of, column=options.text_column), "element"
-    if encoding != "utf-8":
+    if encoding == "utf-8-sig":
+        content.read(len(codecs.BOM_UTF8))  # then lines of bytes, so that a broken one can be named and skipped
+    elif encoding != "utf-8":
         content = io.TextIOWrapper(content, encoding, newline="\n")
     rows = ((number, line) for number, line in enumerate(content, start=1) if line.strip())
     return rows, partial(_text_of_line, column=options.text_column), "line"
@@ -75,9 +81,10 @@ def open_rows(
 def _encoding(first_bytes: bytes, chosen: str | None) -> str:
     """The encoding of a file: the chosen one, or that of its byte order mark, or UTF-8."""
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if first_bytes.startswith(mark)), None)
-    if chosen is None or (marked == "utf-8-sig" and codecs.lookup(chosen).name == "utf-8"):
+    if chosen is None:
         return marked or "utf-8"
-    return chosen
+    same = marked is not None and codecs.lookup(chosen).name.startswith(marked.removesuffix("-sig"))
+    return marked if same else chosen  # the codec of the mark leaves the mark out of the text
 
 
 def _texts(
@@ -91,11 +98,15 @@ def _texts(
         documents = (part.strip("\n") for part in _split(text, separator) if part.strip())
     for number, document in enumerate(documents, start=1):
         if guessed and "\0" in document:
-            raise SourceError(
-                f"{name}: holds NUL characters, as binary files and UTF-16 without a byte order mark do; "
-                "pass --encoding, or leave the file out if it is no text"
-            )
+            raise nul_error(name)
         yield number, document
+
+
+def nul_error(name: str) -> SourceError:
+    return SourceError(
+        f"{name}: holds NUL characters, as binary files and UTF-16 without a byte order mark do; "
+        "pass --encoding, or leave the file out if it is no text"
+    )
 
 
 def _split(text: IO[str], separator: str) -> Iterator[str]:
@@ -112,7 +123,10 @@ def _csv_rows(
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than many documents have
     lines = csv.reader(io.TextIOWrapper(content, encoding, newline=""), strict=True)
     header = next(lines, [])
-    if column not in header:
+    separator = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
+    if separator is not None:
+        raise SourceError(f"{name}: its values are separated by {separator!r}, not by commas; convert the file")
+    if header.count(column) != 1:
         raise no_column(name, column, header, header)
     index = header.index(column)
 
@@ -128,9 +142,10 @@ def _csv_rows(
             if row is None:
                 return
             if row:
-                yield begin, row
+                yield begin, (index, row)  # the index too: a digest of the rows must notice another order of columns
 
-    def parse(row: list[str] | str) -> str:
+    def parse(numbered_row: tuple[int, list[str] | str]) -> str:
+        index, row = numbered_row
         if isinstance(row, str):
             raise BadRowError(f"no CSV ({row})")
         if len(row) != len(header):
@@ -148,6 +163,8 @@ def _array_elements(text: IO[str], name: str) -> Iterator[tuple[int, Any]]:
         position = SPACE.match(buffer, position).end()
         try:
             if buffer[position : position + 1] == "]":
+                if (buffer[position + 1 :] + text.read()).strip():
+                    raise SourceError(f"{name}: something follows the array; put all objects into one array")
                 return
             if number:
                 if buffer[position : position + 1] != ",":
@@ -155,14 +172,14 @@ def _array_elements(text: IO[str], name: str) -> Iterator[tuple[int, Any]]:
                 element, end = decoder.raw_decode(buffer, SPACE.match(buffer, position + 1).end())
             else:
                 element, end = decoder.raw_decode(buffer, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             # The element may go on in the next block, unless the error lies well before the end of this one.
             at_end = isinstance(error, json.JSONDecodeError) and (
                 error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 32
             )
             block = text.read(max(BLOCK_BYTES, len(buffer))) if at_end else ""
             if not block:
-                reason = getattr(error, "msg", "nested too deep")
+                reason = getattr(error, "msg", "nested too deep, or a number with too many digits")
                 raise SourceError(
                     f"{name}, element {number + 1} of the array: not whole ({reason}); mend it"
                 ) from error
@@ -187,17 +204,21 @@ def _text_of(row: Any, column: str) -> Any:
         raise BadRowError(f"{JSON_TYPES[type(row)]} where an object with {column!r} is due")
     if column not in row:
         texts = [key for key, value in row.items() if isinstance(value, str)]
-        cure = f"pass --text_column {texts[0]}" if len(texts) == 1 else "--text_column names another"
+        cure = f"pass --text_column {shlex.quote(texts[0])}" if len(texts) == 1 else "--text_column names another"
         raise BadRowError(f"no {column!r} in the object, only {listed(row)} ({cure})")
     return row[column]
 
 
 def _found(line: bytes | str, error: Exception) -> str:
     """What a line holds that is not JSON, in a few words."""
+    if "\0" in line if isinstance(line, str) else b"\0" in line:
+        return "NUL characters"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte 0x{error.object[error.start]:02x}); --encoding names another encoding"
     if isinstance(error, RecursionError):
         return "JSON that is nested too deep"
+    if not isinstance(error, json.JSONDecodeError):
+        return f"a value that Python does not read ({error})"
     text = (line if isinstance(line, str) else line.decode("utf-8", "replace")).strip().lstrip("\ufeff")
     if error.msg.startswith("Extra data"):
         rest = text[error.pos :].lstrip(" ,")
@@ -215,7 +236,9 @@ def _found(line: bytes | str, error: Exception) -> str:
 
 def no_column(name: str, column: str, columns: Sequence[str], texts: Sequence[str]) -> SourceError:
     """The error for a file without the column of text. `texts`: the columns that could be meant."""
-    cure = f"pass --text_column {texts[0]}" if len(texts) == 1 else "name one with --text_column"
+    cure = f"pass --text_column {shlex.quote(texts[0])}" if len(texts) == 1 else "name one with --text_column"
+    if column in columns:
+        return SourceError(f"{name}: has several columns {column!r}; rename them, or {cure}")
     return SourceError(f"{name}: no column {column!r}, only {listed(columns)}; {cure}")
 
 

@@ -4,50 +4,30 @@ A source numbers its documents from 0. Reading can start at any number. So a pre
 download goes on after a lost connection.
 """
 
-import csv
 import glob
 import hashlib
-import lzma
-import math
+import itertools
+import os
 import platform
 import re
 import sys
 import sysconfig
-import time
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import astuple
 from functools import cached_property, partial
 from pathlib import Path
 
 from files import sha256_of
-from hub import (
-    DatasetName,
-    HubFile,
-    download,
-    error_reason,
-    failure,
-    is_final,
-    open_stream,
-    parse_name,
-    reach_hub,
-    resolve,
-)
-from readers import BATCH_DOCUMENTS, COMPRESSIONS, FORMATS, SUFFIXES, Batch, Reader, file_format, read_ahead
+from hub import DatasetName, parse_name
+from hub_dataset import FINEWEB, HubDataset
+from readers import BATCH_DOCUMENTS, COMPRESSIONS, FORMATS, SUFFIXES, Batch, Reader, file_format, named_damage
 from rows import ReadOptions, SourceError, listed
-
-# 9,672,101 documents in 14 parquet files of 28.5 GB, about 10 billion tokens with Llama 3's whole vocabulary
-FINEWEB = DatasetName("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", folder="sample/10BT")
-BYTES_A_TOKEN = {".parquet": 2.85, "": 4.4}  # FineWeb-Edu's parquet files; other files hold text as it is
 
 # Installations differ in their tests. encodings/ and pydoc_data/ hold tables and prose. The others are not the library.
 SAMPLE_EXCLUDED = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 SAMPLE_EXCLUDED |= {"site-packages", "dist-packages", "__pycache__"}
 
 SAVED_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of `datasets`
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses after attempts that bring no new document; after the last, give up
-DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error)  # pyarrow's errors are ValueErrors
 
 
 class Source:
@@ -80,27 +60,32 @@ class Source:
             for part in self.hub_parts
         ]
 
-    def read(self, first: int = 0, digest: str = "", bad_rows: int = 0) -> Iterator[Batch]:
+    def read(self, first: int = 0, before: tuple[str, str, int] | None = None, bad_rows: int = 0) -> Iterator[Batch]:
         """Yields the documents from number `first` on, in batches.
 
         Args:
-            digest: `Batch.digest` that an earlier run saw at `first`. "" skips the comparison.
+            before: of the batch that an earlier run saw at `first`: its two digests, and its number of documents. The
+                rows must still be the same. None skips the comparison.
             bad_rows: how many broken rows it met before.
 
         Raises:
-            SourceError: the source cannot be read, the reading failed before its end, or the rows before `first` have
-                changed.
+            SourceError: the source cannot be read, the reading failed before its end, or rows that the earlier run
+                has read have changed.
         """
-        reader = Reader(self.options, first, bad_rows)
-        batches = (batch for part in self.parts for batch in part.batches(reader))
-        start = next(batches, None)
-        if digest not in ("", reader.digest.hexdigest() if start is None else start.digest):
-            raise SourceError(
-                f"{self.name}: changed where an earlier run has read it already; choose another --out_dir, or delete it"
-            )
-        if start is not None:
-            yield start
-            yield from batches
+        digest, end_digest, length = before or ("", "", 0)
+        reader, seen = Reader(self.options, first, bad_rows, border=length), 0
+        changed = SourceError(
+            f"{self.name}: changed where an earlier run has read it already; choose another --out_dir, or delete it"
+        )
+        for batch in (batch for part in self.parts for batch in part.batches(reader)):
+            if before and not seen and batch.digest != digest:
+                raise changed
+            seen += len(batch.documents)
+            if before and seen == length and batch.end_digest != end_digest:
+                raise changed
+            yield batch
+        if seen < length:
+            raise changed
 
 
 def open_source(
@@ -121,7 +106,7 @@ def open_source(
         ignored: files to leave out of folders and globs.
 
     Raises:
-        SourceError: a word names nothing that can be read, or `stream` is set where no part is on the hub, or offline.
+        SourceError: a word names nothing that can be read.
     """
     options, ignored = options or ReadOptions(), [path.resolve() for path in ignored]
     if list(words) == ["sample"]:
@@ -138,16 +123,30 @@ def open_source(
             parts[-1].places.append(Path(word).expanduser().resolve())
             parts[-1].paths += [path for path in _paths(word) if path.resolve() not in ignored]
     source = Source(parts, options)
-    formats = {file_format(path.name)[0] for part in parts if isinstance(part, Files) for path in part.paths}
-    if options.document_separator is not None and ".txt" not in formats and not source.hub_parts:
-        raise SourceError(f"--document_separator divides .txt files; leave it out with --source {source.name}")
-    if stream and not source.hub_parts:
-        raise SourceError(f"--stream reads from the hub; leave it out with --source {source.name}")
+    for part in parts:
+        if isinstance(part, Files):
+            part.drop_repetitions()
     return source
+
+
+def check_flags(sources: Sequence[Source], stream: bool) -> None:
+    """Raises SourceError if a flag has no use for any of the sources."""
+    parts = [part for source in sources for part in source.parts]
+    on_hub = any(isinstance(part, HubDataset) for part in parts)
+    names = " ".join(source.name for source in sources)
+    formats = {file_format(path.name)[0] for part in parts if isinstance(part, Files) for path in part.paths}
+    if sources[0].options.document_separator is not None and ".txt" not in formats and not on_hub:
+        raise SourceError(f"--document_separator divides .txt files; leave it out with {names}")
+    if stream and not on_hub:
+        raise SourceError(f"--stream reads from the hub; leave it out with {names}")
 
 
 def _hub_name(word: str) -> DatasetName | None:
     """The data set that a word names. None if the word is a path."""
+    if not word:
+        raise SourceError("--source has an empty word; name a data set, a folder or a file")
+    if word.startswith("~") and not word.startswith("~/"):
+        raise SourceError(f"{word}: no such file or folder; give a path without ~")
     if Path(word).expanduser().exists():
         return None
     if word == "fineweb-edu":
@@ -168,18 +167,39 @@ def _paths(word: str) -> list[Path]:
             raise SourceError(f"{path}: unknown format; give files that end in {SUFFIXES}")
         return [path]
     if path.is_dir():
-        found = [entry for entry in path.rglob("*") if _is_corpus_file(entry.relative_to(path))]
+        found = [entry for entry in _walk(path) if _is_corpus_file(entry.relative_to(path))]
     elif glob.has_magic(word):
-        found = [Path(match) for match in glob.glob(str(path), recursive=True) if _is_corpus_file(Path(match))]
+        fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        matches = (Path(match) for match in glob.glob(str(path), recursive=True))
+        found = [match for match in matches if _is_corpus_file(match.relative_to(fixed)) and not match.is_dir()]
     else:
         raise SourceError(
             f"{word}: no such file or folder; give paths, OWNER/NAME of a data set of the hub, fineweb-edu, or sample "
             "alone"
         )
-    found = sorted(entry for entry in found if entry.is_file())
+    if odd := [entry for entry in found if not entry.is_file()]:
+        raise SourceError(f"{odd[0]}: a broken link, or not a regular file; remove or rename it")
+    found = sorted(found)
     if not found:
         raise SourceError(f"{word}: holds no file that ends in {SUFFIXES}; give another folder or glob")
     return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All that lies in a folder and its subfolders, folders aside. Links are followed, but no folder is entered twice.
+
+    Raises:
+        SourceError: a subfolder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise SourceError(f"{error.filename}: cannot be read ({error.strerror}); give another folder, or allow it")
+
+    seen = set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
+        yield from (Path(root, name) for name in names)
 
 
 def _label(name: str) -> str:
@@ -214,8 +234,9 @@ class Sample:
         names = sorted(path.as_posix() for path in paths if not SAMPLE_EXCLUDED & set(path.parts))
         texts = [(root / name).read_text(encoding="utf-8", errors="replace") for name in names]
         reader.digest.update(self.revision.encode())
+        digest = reader.digest.hexdigest()
         for first in range(reader.skip, len(texts), BATCH_DOCUMENTS):
-            yield Batch(texts[first : first + BATCH_DOCUMENTS], reader.digest.hexdigest())
+            yield Batch(texts[first : first + BATCH_DOCUMENTS], digest, digest)
 
 
 class Files:
@@ -224,6 +245,15 @@ class Files:
     def __init__(self):
         self.places: list[Path] = []  # what the words name
         self.paths: list[Path] = []  # the files there
+
+    def drop_repetitions(self) -> None:
+        """Read a file that is named twice, or reached over two links, only once."""
+        once = list({path.resolve(): path for path in reversed(self.paths)}.values())[::-1]
+        if len(once) < len(self.paths):
+            print(
+                f"{self.name}: {len(self.paths) - len(once)} files are named twice; each is read once", file=sys.stderr
+            )
+        self.paths = once
 
     @property
     def name(self) -> str:
@@ -238,7 +268,13 @@ class Files:
         return "\n".join(map(str, self.places))
 
     @cached_property
+    def stamps(self) -> list[tuple[int, int]]:
+        """Size and time of the last change of each file."""
+        return [_stamp(path) for path in self.paths]
+
+    @cached_property
     def digests(self) -> list[str]:
+        self.stamps  # noqa: B018 (before the first byte is read)
         return [sha256_of(path) for path in self.paths]
 
     @property
@@ -248,131 +284,20 @@ class Files:
     def check(self, options: ReadOptions) -> None:
         """Raises SourceError if a file has no column of text."""
         for path in self.paths:
-            with _named(path):
+            with named_damage(path):
                 Reader(options).check(str(path), partial(open, path, "rb"))
 
     def batches(self, reader: Reader) -> Iterator[Batch]:
-        for path, digest in zip(self.paths, self.digests, strict=True):
-            with _named(path):
+        for path, digest, stamp in zip(self.paths, self.digests, self.stamps, strict=True):
+            with named_damage(path):
                 yield from reader.read(str(path), partial(open, path, "rb"), digest)
+                if _stamp(path) != stamp:
+                    raise SourceError(f"{path}: changed while it was read; run this again when it no longer changes")
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Make a SourceError that names the file of an error in reading it."""
-    try:
-        yield
-    except DAMAGE as error:
-        reason = " ".join(str(error).split())  # on one line
-        raise SourceError(f"{path}: cannot be read ({reason}); replace the file") from error
-
-
-class HubDataset:
-    """A data set of the Hugging Face hub.
-
-    If its client gives up, this class pauses and goes on after the last document. The pauses grow.
-    """
-
-    def __init__(self, dataset: DatasetName, stream: bool, pin: dict | None = None):
-        self.dataset, self.stream, self.pin = dataset, stream, pin
-        self.name = self.place = str(dataset)
-        words = [dataset.repository.split("/")[1], *dataset.folder.split("/"), dataset.config, dataset.split]
-        self.label = "-".join(word for word in words if word and word != "train")
-        if dataset == FINEWEB:
-            self.label = "fineweb-edu-10BT"
-
-    @cached_property
-    def _resolved(self) -> tuple[str, list[HubFile]]:
-        if self.pin:
-            return self.pin["commit"], [HubFile(*file) for file in self.pin["files"]]
-        try:
-            return resolve(self.dataset)
-        except Exception as error:  # huggingface_hub, datasets, httpx and requests have no common error class
-            raise failure(self.dataset, error) from error
-
-    @property
-    def revision(self) -> str:
-        return self._resolved[0]
-
-    @property
-    def files(self) -> list[HubFile]:
-        return self._resolved[1]
-
-    def check(self, options: ReadOptions) -> None:
-        """Raises SourceError if the hub cannot be reached, or --stream is set offline."""
-        from huggingface_hub import constants
-
-        if self.stream and constants.HF_HUB_OFFLINE:
-            raise SourceError(
-                f"{self.name}: --stream needs the network, but HF_HUB_OFFLINE is set; leave one of them out"
-            )
-        try:
-            reach_hub()
-        except Exception as error:  # as in _resolved
-            raise failure(self.dataset, error) from error
-
-    def batches(self, reader: Reader) -> Iterator[Batch]:
-        reader.digest.update(f"{self.name} {self.revision}".encode())
-        skip, bad_rows, pauses = reader.skip, reader.bad_rows, iter(RETRY_SECONDS)
-        while True:
-            try:
-                for batch in self._batches(reader):
-                    yield batch
-                    skip, bad_rows = skip + len(batch.documents), reader.bad_rows
-                    pauses = iter(RETRY_SECONDS)
-                return
-            except SourceError:
-                raise
-            except Exception as error:  # as in _resolved; fsspec and pyarrow have others
-                pause = None if is_final(error) else next(pauses, None)
-                if pause is None:
-                    raise failure(self.dataset, error) from error
-                print(f"{self.dataset.repository}: {error_reason(error)}; trying again in {pause} s", file=sys.stderr)
-                time.sleep(pause)
-                reader.skip, reader.bad_rows = skip, bad_rows
-
-    def _batches(self, reader: Reader) -> Iterator[Batch]:
-        files = list(self.files)
-        while files and reader.skip and (rows := self._num_rows(files[0])) is not None and reader.skip >= rows:
-            reader.skip -= rows
-            del files[0]
-        open_remote = partial(open_stream, self.dataset, self.revision)
-        if self.stream:
-            for file in files:
-                yield from reader.read(self._title(file), partial(open_remote, file), None)
-            return
-        # The thread of read_ahead downloads the next file while this one is read.
-        paths = filter(None, read_ahead(map(partial(download, self.dataset, self.revision), files), 1))
-        for file, path in zip(files, paths, strict=True):
-            yield from reader.read(self._title(file), partial(open, path, "rb"), None)
-
-    def _title(self, file: HubFile) -> str:
-        return f"{self.dataset.repository}/{file.path}"
-
-    def _num_rows(self, file: HubFile) -> int | None:
-        """The number of rows in the footer of a parquet file, so that the file need not be downloaded. Else None."""
-        import pyarrow.parquet
-        from huggingface_hub import constants
-
-        if constants.HF_HUB_OFFLINE or file_format(file.path) != (".parquet", ""):
-            return None
-        with open_stream(self.dataset, self.revision, file) as remote:
-            return pyarrow.parquet.read_metadata(remote).num_rows
-
-    def disk_needed(self, max_tokens: int | None) -> tuple[list[tuple[Path, int]], int]:
-        """What a run until `max_tokens` (None: all) needs: pairs of a folder and bytes to be downloaded; and tokens."""
-        from huggingface_hub import constants, try_to_load_from_cache
-
-        expected = sum(
-            file.size / BYTES_A_TOKEN.get(file_format(file.path)[0], BYTES_A_TOKEN[""]) for file in self.files
-        )
-        tokens = int(min(max_tokens or math.inf, expected))
-        if self.stream:
-            return [], tokens
-        files = self.files[: math.ceil(tokens / max(1, expected) * len(self.files)) + 2]  # +2: one waits, one is coming
-        cached = {"repo_id": self.dataset.repository, "revision": self.revision, "repo_type": "dataset"}
-        missing = [file for file in files if not try_to_load_from_cache(filename=file.path, **cached)]
-        return [(Path(constants.HF_HUB_CACHE), sum(file.size for file in missing))], tokens
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from shards import token_dtype
 from tokenizer import Tokenizer
 
 BATCHES_AHEAD = 64  # each about a megabyte; they keep the workers busy while this process syncs a shard to the disk
-WITHOUT_TEXT = ("empty", "null", "not a string", "broken")  # notes of documents without ids; the manifest counts them
 
 
 class Tokenized(NamedTuple):
@@ -66,11 +65,12 @@ def tokenize(tokenizer: Tokenizer, documents: Sequence) -> Tokenized:
                 if len(pieces) > 3:
                     notes[i] = "too long for one piece"
             except UnicodeEncodeError:  # lone surrogates, which only `encode` replaces
-                pieces = [np.array(tokenizer.encode(document, bos=True, eos=True), dtype=np.uint32)]
+                document = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                pieces = tokenizer.encode_document(document)
                 notes[i] = "lone surrogates replaced"
             ids += pieces
             lengths[i] = sum(map(len, pieces))
-            digest = sha256(document.encode("utf-8", "surrogatepass")).digest()
+            digest = sha256(document.encode()).digest()
             hashes[i] = int.from_bytes(digest[:8], "big")
     all_ids = np.concatenate(ids, dtype=token_dtype(tokenizer.vocab_size), casting="unsafe")
     return Tokenized(all_ids, lengths, hashes, notes)
@@ -106,7 +106,7 @@ class Worker:
         cause = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
         if not self.has_answered and code != -signal.SIGKILL:
             return SourceError(
-                f"a worker process could not start ({cause}; its error is above); mend it, or --num_proc 1"
+                f"a worker process could not start ({cause}; its error is above); mend it, or pass --num_proc 1"
             )
         return SourceError(
             f"a worker process died ({cause}); if memory ran out, take a smaller --num_proc; "
@@ -170,7 +170,7 @@ def tokenized(source_batches: Iterator[Batch], tokenizer: Tokenizer, num_proc: i
         UnicodeDecodeError: a document of the source is not UTF-8.
     """
     if num_proc == 1:
-        yield from ((tokenize(tokenizer, batch.documents), batch.digest) for batch in source_batches)
+        yield from ((tokenize(tokenizer, batch.documents), batch[1:]) for batch in source_batches)
         return
     with _interrupts_ignored():
         workers = [Worker(tokenizer.vocab_size) for _ in range(num_proc)]
@@ -178,10 +178,10 @@ def tokenized(source_batches: Iterator[Batch], tokenizer: Tokenizer, num_proc: i
     for worker in workers:
         idle.put(worker)
 
-    def tokenize_in_worker(batch: Batch) -> tuple[Tokenized, str]:
+    def tokenize_in_worker(batch: Batch) -> tuple[Tokenized, tuple[str, str]]:
         worker = idle.get()  # never waits: there is a worker for each thread
         try:
-            return worker.tokenize(batch.documents), batch.digest
+            return worker.tokenize(batch.documents), batch[1:]
         finally:
             idle.put(worker)
 

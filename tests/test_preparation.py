@@ -340,7 +340,7 @@ from pathlib import Path
 import load_fineweb_dataset, readers, sources
 
 def read_and_stall(self, reader):
-    yield readers.Batch(["one"], "")
+    yield readers.Batch(["one"], "", "")
     while not multiprocessing.active_children():
         time.sleep(0.1)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -397,6 +397,15 @@ def test_a_hash_of_the_text_chooses_what_is_held_out(tmp_path):
     other_val, other_train = both_parts(tmp_path / "b", 512)
     assert set(other_val) == set(val) and set(other_train) == set(train)
     assert len(other_val) + len(other_train) == len(order)
+
+
+def test_texts_that_differ_in_lone_surrogates_alone_are_on_one_side(tmp_path):
+    """Their ids are equal: each surrogate becomes the replacement character."""
+    lines = [f'{{"text": "doc {i} {mark}"}}' for i in range(200) for mark in (r"\ud800", r"\udc12", r"\ufffd")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    run([tmp_path / "a.jsonl"], tmp_path / "out", shard_size=10_000, val_fraction=0.3)
+    val, train = both_parts(tmp_path / "out")
+    assert val and len(val) % 3 == 0 and not set(val) & set(train)
 
 
 def test_held_out_documents_beyond_the_shard_are_left_out_and_counted(tmp_path, small_batches):
@@ -462,7 +471,9 @@ def test_an_unfinished_folder_without_whole_shards_is_written_again(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", PAGES)
     run([source], tmp_path / "whole")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "progress.json").write_text(json.dumps({"source": "another", "shards": []}))
+    (tmp_path / "out" / "progress.json").write_text(
+        json.dumps({"source": "another", "tokenizer_fingerprint": "", "shards": []})
+    )
     (tmp_path / "out" / ".edufineweb_val_000000.npy.part").write_bytes(b"half")
     (tmp_path / "out" / ".edufineweb_train_000001.npy.123.tmp").write_bytes(b"half")
     np.save(tmp_path / "out" / "edufineweb_train_000001.npy", np.zeros(100, np.uint16))  # not listed yet
@@ -613,6 +624,32 @@ def test_shards_of_another_program_are_not_deleted(tmp_path, indices):
         assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("name", ["progress.json", "manifest.json"])
+def test_a_mark_of_another_program_is_not_ours(tmp_path, name):
+    """Its shards and its file stay, and a source of this name is not deleted."""
+    write_leftovers(tmp_path / "out", 0, 1)
+    (tmp_path / "out" / name).write_text('{"epoch": 3, "text": "mine"}')
+    before = contents(tmp_path / "out")
+    for source in (write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out" / name):
+        with pytest.raises(SourceError, match=rf"{name}: not of this program; choose another --out_dir"):
+            run([source], tmp_path / "out")
+        assert contents(tmp_path / "out") == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SourceError, match="out: a file, not a folder; choose another"):
+        run([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out")
+
+
+def test_a_folder_called_sample_is_not_the_sample(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample").mkdir()
+    write_jsonl(tmp_path / "sample" / "a.jsonl", ["word " * 30_000] * 2)
+    manifest = run(["./sample"], tmp_path / "out", shard_size=None)
+    assert len(manifest["shards"]) == 2  # of up to 100 million tokens
+
+
 # ---------------------------------------------------------------- killed, and started again
 
 ODD_TEXTS = [*TEXTS[:3], "", *TEXTS[3:6], None, "", *TEXTS[:7], "long " * 90, "", "x", "", *TEXTS[:7], None]
@@ -660,6 +697,26 @@ def test_a_run_stopped_anywhere_and_resumed_writes_the_same_bytes(
         assert stops
         assert contents(out) == contents(tmp_path / "whole")
         stop_after(monkeypatch, None)
+
+
+@pytest.mark.parametrize("change", ["first", "last before the border", "shorter"])
+def test_rows_that_are_in_whole_shards_must_not_change(tmp_path, monkeypatch, change):
+    """Also those of the batch in which the last whole shard ended."""
+    texts = [f"{i} " * 40 for i in range(300)]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    stop_after(monkeypatch, 1)
+    with pytest.raises(StopError):
+        run([source], tmp_path / "out", shard_size=9000)
+    stop_after(monkeypatch, None)
+    progress = json.loads((tmp_path / "out" / "progress.json").read_text())
+    assert progress["document"] == 0 and progress["shards"]
+    if change == "shorter":
+        texts = texts[:150]
+    else:
+        texts[0 if change == "first" else 199] = "another"
+    write_jsonl(source, texts)
+    with pytest.raises(SourceError, match="changed where an earlier run has read it"):
+        run([source], tmp_path / "out", shard_size=9000)
 
 
 def test_whole_shards_are_not_tokenized_again(tmp_path, monkeypatch, small_batches):

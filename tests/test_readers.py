@@ -6,6 +6,8 @@ import csv
 import gzip
 import json
 import lzma
+import os
+import random
 from pathlib import Path
 
 import pyarrow
@@ -92,8 +94,8 @@ def compress(path, suffix):
     return target
 
 
-def batches(*paths, first=0, digest="", bad_rows=0, **options):
-    return list(open_source([str(path) for path in paths], ReadOptions(**options)).read(first, digest, bad_rows))
+def batches(*paths, first=0, before=None, bad_rows=0, **options):
+    return list(open_source([str(path) for path in paths], ReadOptions(**options)).read(first, before, bad_rows))
 
 
 def documents(*paths, **options):
@@ -203,12 +205,12 @@ def test_every_batch_can_be_reached_again_with_its_digest(tmp_path, small_batche
     paths = (tmp_path / "first.jsonl", tmp_path / name)
     place, all_batches = 0, batches(*paths)
     for batch in all_batches:
-        again = batches(*paths, first=place, digest=batch.digest)
+        again = batches(*paths, first=place, before=(*batch[1:], len(batch.documents)))
         assert again[0].digest == batch.digest
         place += len(batch.documents)
     as_json_lines(tmp_path / "first.jsonl", ["one", "2"])
     with pytest.raises(SourceError, match="changed where an earlier run has read it"):
-        batches(*paths, first=place - 1, digest=all_batches[-1].digest)
+        batches(*paths, first=place - 1, before=(*all_batches[-1][1:], 1))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.csv"])
@@ -216,10 +218,10 @@ def test_rows_that_no_run_has_read_may_change(tmp_path, small_batches, name):
     WRITERS[name](tmp_path / name, DOCUMENTS)
     batch = batches(tmp_path / name)[3]
     WRITERS[name](tmp_path / name, [*DOCUMENTS[:40], "another", *DOCUMENTS[41:]])
-    assert documents(tmp_path / name, first=21, digest=batch.digest)[19] == "another"
+    assert documents(tmp_path / name, first=21, before=(*batch[1:], len(batch.documents)))[19] == "another"
     WRITERS[name](tmp_path / name, [*DOCUMENTS[:20], "another", *DOCUMENTS[21:]])
     with pytest.raises(SourceError, match="changed"):
-        documents(tmp_path / name, first=21, digest=batch.digest)
+        documents(tmp_path / name, first=21, before=(*batch[1:], len(batch.documents)))
 
 
 def test_a_source_that_has_become_too_short_is_refused(tmp_path, small_batches):
@@ -227,7 +229,7 @@ def test_a_source_that_has_become_too_short_is_refused(tmp_path, small_batches):
     batch = batches(tmp_path / "a.jsonl")[5]
     as_json_lines(tmp_path / "a.jsonl", DOCUMENTS[1:8])
     with pytest.raises(SourceError, match="changed"):
-        documents(tmp_path / "a.jsonl", first=35, digest=batch.digest)
+        documents(tmp_path / "a.jsonl", first=35, before=(*batch[1:], len(batch.documents)))
 
 
 def test_a_mended_line_lets_a_preparation_go_on(tmp_path):
@@ -452,7 +454,7 @@ def test_a_byte_order_mark_is_obeyed_and_left_out(tmp_path, name, encoding):
         ("café".encode("latin-1"), "not utf-8 (byte 0xe9: "),
         ("中文".encode("gbk"), "not utf-8 (byte 0xd6: "),
         ("plain".encode("utf-16-le"), "holds NUL characters"),
-        (bytes(range(256)), "not utf-8 (byte 0x80: "),
+        (bytes(range(1, 256)), "not utf-8 (byte 0x80: "),
         (b"\x00\x01\x02", "holds NUL characters"),
         (codecs.BOM_UTF16_LE + b"a", "not utf-16"),
     ],
@@ -500,3 +502,121 @@ def test_an_empty_file_is_an_empty_document_and_empty_json_has_none(tmp_path):
         assert documents(tmp_path / name) == found
     (tmp_path / "b.json").write_text(" [ ] ")
     assert documents(tmp_path / "b.json") == []
+
+
+# ---------------------------------------------------------------- what a hostile reading found
+
+
+def test_another_order_of_csv_columns_is_a_change(tmp_path, small_batches):
+    rows = [f"text {i},title {i}" for i in range(60)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,title", *rows]))
+    batch = batches(tmp_path / "a.csv")[3]
+    (tmp_path / "a.csv").write_text("\n".join(["title,text", *rows]))
+    with pytest.raises(SourceError, match="changed"):
+        batches(tmp_path / "a.csv", first=21, before=(*batch[1:], 7))
+
+
+@pytest.mark.parametrize("rest", ['\n[{"text": "second"}]', "garbage", "]"])
+def test_what_follows_an_array_is_refused(tmp_path, rest):
+    (tmp_path / "a.json").write_text('[{"text": "first"}] ' + rest)
+    with pytest.raises(SourceError, match=r"a\.json: something follows the array"):
+        documents(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".csv"])
+def test_two_columns_of_one_name_are_refused(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    columns = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array(["one"])], names=["text", "text"])
+    if suffix == ".csv":
+        path.write_text("text,text\none,two\n")
+    elif suffix == ".parquet":
+        pyarrow.parquet.write_table(columns, path)
+    else:
+        with pyarrow.ipc.new_file(path, columns.schema) as file:
+            file.write_table(columns)
+    with pytest.raises(SourceError, match="has several columns 'text'"):
+        documents(path)
+
+
+def test_damaged_arrow_files_are_refused_and_end_no_process(tmp_path):
+    draw, outcomes = random.Random(0), set()
+    as_arrow_stream(tmp_path / "whole.arrow", DOCUMENTS[:7])
+    whole = (tmp_path / "whole.arrow").read_bytes()
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        (tmp_path / "a.arrow").write_bytes(damaged)
+        try:
+            documents(tmp_path / "a.arrow")
+            outcomes.add("read")
+        except SourceError as error:
+            assert str(error).startswith(str(tmp_path / "a.arrow"))
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, small_batches):
+    as_json_lines(tmp_path / "a.jsonl", DOCUMENTS)
+    batches_of_file = open_source([str(tmp_path / "a.jsonl")]).read()
+    next(batches_of_file)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('\n{"text": "one more"}')
+    with pytest.raises(SourceError, match=r"a\.jsonl: changed while it was read; run this again"):
+        list(batches_of_file)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and FIFOs")
+def test_links_are_followed_once_and_odd_files_are_refused(tmp_path, capsys):
+    (tmp_path / "real").mkdir()
+    as_json_lines(tmp_path / "real" / "a.jsonl", ["one"])
+    (tmp_path / "src").mkdir()
+    as_json_lines(tmp_path / "src" / "b.jsonl", ["two"])
+    (tmp_path / "src" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "src" / "loop").symlink_to(tmp_path / "src")
+    assert sorted(documents(tmp_path / "src")) == ["one", "two"]
+    assert sorted(documents(tmp_path / "src" / "**" / "*.jsonl")) == ["one", "two"]
+    assert documents(tmp_path / "real", tmp_path / "real" / "a.jsonl") == ["one"]
+    assert "named twice; each is read once" in capsys.readouterr().err
+    (tmp_path / "src" / "broken.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(SourceError, match=r"broken\.jsonl: a broken link, or not a regular file"):
+        documents(tmp_path / "src")
+    (tmp_path / "src" / "broken.jsonl").unlink()
+    os.mkfifo(tmp_path / "src" / "pipe.jsonl")
+    with pytest.raises(SourceError, match=r"pipe\.jsonl: a broken link, or not a regular file"):
+        documents(tmp_path / "src")
+
+
+@pytest.mark.parametrize("word", ["", "~nobody-of-this-name/a.jsonl"])
+def test_a_word_that_is_no_path_is_refused(word):
+    with pytest.raises(SourceError):
+        open_source([word])
+
+
+def test_a_glob_may_begin_in_a_hidden_folder(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    as_json_lines(tmp_path / ".cache" / "a.jsonl", ["one"])
+    assert documents(tmp_path / ".cache" / "*.jsonl") == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "line 1: a value that Python does not read"),
+        ("a.jsonl", b'{"text": "one"}\n' + b"\0" * 20 + b"\n", "line 2: NUL characters"),
+        ("a.jsonl", '{"text": "one"}'.encode("utf-16-le"), "holds NUL characters"),
+        ("a.csv", "text\none".encode("utf-16-le"), "holds NUL characters"),
+        ("a.csv", b"id;text\n1;one\n", "its values are separated by ';', not by commas"),
+    ],
+)
+def test_odd_contents_are_named(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError) as error:
+        documents(tmp_path / name)
+    assert sentence in str(error.value)
+
+
+def test_a_broken_line_after_a_byte_order_mark_can_be_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"text": "one"}\n{"text": "\xe9"}\n{"text": "two"}')
+    found = documents(tmp_path / "a.jsonl", skip_bad_rows=1)
+    assert [text for text in found if not isinstance(text, BadRow)] == ["one", "two"]

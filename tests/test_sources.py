@@ -24,7 +24,7 @@ from files import check_free_space
 from hub import DatasetName, parse_name
 from preparation import prepare
 from rows import ReadOptions, SourceError
-from sources import FINEWEB, open_source
+from sources import FINEWEB, check_flags, open_source
 
 REPO = Path(__file__).resolve().parents[1]
 NUM_FILES, NUM_DOCUMENTS = 3, 700
@@ -60,10 +60,10 @@ def hub(files):
 LOAD = """
 import sys
 import huggingface_hub.constants
-import hub, load_fineweb_dataset, sources
+import hub, hub_dataset, load_fineweb_dataset
 
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000  # the default, ten million, is more than these files have
-sources.RETRY_SECONDS = (0.1, 0.1, 0.1)
+hub_dataset.RETRY_SECONDS = (0.1, 0.1, 0.1)
 hub.STREAM_BLOCK = 20_000  # several requests a file
 
 if __name__ == "__main__":
@@ -480,6 +480,12 @@ def test_a_cache_that_another_program_has_filled_needs_no_network(pages, tmp_pat
             "https://hf.co/datasets/acme/pages/viewer/my%20web/test?p=1",
             DatasetName("acme/pages", config="my web", split="test"),
         ),
+        ("https://huggingface.co/datasets/acme/pages/raw/main/a.csv", DatasetName("acme/pages", "main", "a.csv")),
+        (
+            "https://huggingface.co/datasets/acme/pages/tree/refs%2Fpr%2F1/web",
+            DatasetName("acme/pages", "refs/pr/1", "web"),
+        ),
+        ("https://www.kaggle.com/datasets/acme/pages", None),
         ("https://huggingface.co/acme/model", None),
         ("https://huggingface.co/datasets/acme/pages/discussions", None),
         ("hf://datasets/acme/pages/a:web", None),
@@ -542,7 +548,9 @@ def test_a_word_that_names_nothing_to_read_is_refused(corpus, word, sentence):
 
 def test_a_separator_without_a_text_file_is_refused(corpus):
     with pytest.raises(SourceError, match=r"--document_separator divides \.txt files"):
-        open_source(["texts/c.csv.gz"], ReadOptions(document_separator="---"))
+        check_flags([open_source(["texts/c.csv.gz"], ReadOptions(document_separator="---"))], False)
+    both = [open_source([word], ReadOptions(document_separator="---")) for word in ("texts/c.csv.gz", "more/d.txt")]
+    check_flags(both, False)
 
 
 def test_the_name_of_many_files_is_short(tmp_path):
