@@ -215,10 +215,10 @@ def write(text: str) -> None:
     """Write to standard output at once."""
     try:
         print(text, end="", flush=True)
-    except OSError:  # the reader has gone, or the disk is full
+    except OSError as error:  # the reader has gone, or the disk is full
         # Python would try the unwritten rest once more at its exit, and print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+        raise OSError(error.errno, f"standard output: {error.strerror}; make room, or write elsewhere") from error
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:

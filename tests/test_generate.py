@@ -4,6 +4,7 @@ import io
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from test_sampling import hf_greedy
 
 import generate as script
 from checkpoints import save_checkpoint
-from generate import complete, generate
+from generate import TextStream, complete, generate
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------- texts
@@ -55,6 +56,68 @@ def test_the_same_seed_gives_the_same_texts(model_of_bytes):
     tokenizer = Tokenizer(vocab_size=512)
     first, second, other = (complete(model_of_bytes, tokenizer, ["a"], **settings, seed=seed) for seed in (0, 0, 1))
     assert first == second != other
+
+
+# ---------------------------------------------------------------- texts as they come
+
+
+SCRIPTS = "naïve 東京は雨 👩‍👩‍👧‍👦🇨🇭 ✨ Ελλάδα مرحبا"  # of 512 ids each is a byte, so tokens cut these characters
+
+
+def pieces(ids, stop_texts=()):
+    """What a TextStream gives for each id, and at the end."""
+    stream = TextStream(Tokenizer(vocab_size=512), stop_texts)
+    return [stream.add(token) for token in ids] + [stream.finish()]
+
+
+def test_characters_that_are_cut_over_tokens_come_whole_with_their_last_byte():
+    ids = Tokenizer(vocab_size=512).encode(SCRIPTS)
+    assert len(ids) == len(SCRIPTS.encode())
+    assert [piece for piece in pieces(ids) if piece] == list(SCRIPTS)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_pieces_of_any_ids_join_to_their_decoded_text_at_every_token(seed):
+    """Random ids, and in their middle a text that begins and ends within a character."""
+    tokenizer = Tokenizer(vocab_size=512)
+    ids = torch.randint(512, (60,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids[20:40] = tokenizer.encode(SCRIPTS)[seed : seed + 20]
+    came = pieces(ids)
+    assert "".join(came) == tokenizer.decode(ids)
+    for count in range(len(ids)):
+        sure, whole = "".join(came[:count]), tokenizer.decode(ids[:count])
+        assert whole.startswith(sure)
+        assert set(whole[len(sure) :]) <= {"\ufffd"}  # only part of a character is held back
+
+
+def before_stop(text, stop_texts):
+    """`text` up to the stop text that ends first, and whether there is one."""
+    for end in range(len(text) + 1):
+        if lengths := [len(stop) for stop in stop_texts if text[:end].endswith(stop)]:
+            return text[: end - max(lengths)], True
+    return text, False
+
+
+@pytest.mark.parametrize(
+    "stop_texts",
+    [["b"], ["ab"], ["aab"], ["abab", "bb"], ["aaaa", "ab", "ba"], ["東京", "京a"], ["東"], ["cab", "abc"], ["zzz"]],
+)
+@pytest.mark.parametrize("vocab_size", [512, 20_000])  # tokens of one byte, and of several characters
+def test_no_part_of_a_stop_text_comes_wherever_tokens_cut_it(stop_texts, vocab_size):
+    tokenizer = Tokenizer(vocab_size=vocab_size)
+    for seed in range(40):
+        letters = torch.randint(5, (12,), generator=torch.Generator().manual_seed(seed)).tolist()
+        text = "".join("abc東京"[i] for i in letters)
+        expected, stops = before_stop(text, stop_texts)
+        stream, came = TextStream(tokenizer, stop_texts), ""
+        for token in tokenizer.encode(text):
+            came += stream.add(token)
+            assert expected.startswith(came)
+        assert (came + stream.finish(), stream.stopped) == (expected, stops)
+
+
+def test_text_that_only_begins_like_a_stop_text_comes_when_that_is_certain():
+    assert pieces(Tokenizer(vocab_size=512).encode("see en"), ["end"]) == ["s", "", "e", "e ", "", "", "en"]
 
 
 # ---------------------------------------------------------------- the command line
@@ -183,8 +246,190 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark(run_dir, monkey
     assert out.buffer.getvalue().startswith(b"in ??")
 
 
+def test_streamed_text_is_the_text_that_complete_returns(run_dir, model_of_bytes, in_process):
+    tokenizer = Tokenizer(vocab_size=512)
+    for seed, temperature in ((0, 0), (0, 1.5), (-3, 0.9), (10**30, 1e-40), (7, 1e300)):
+        settings = {"max_new_tokens": 40, "temperature": temperature, "top_p": 0.9, "seed": seed}
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        status, out, err = in_process("--checkpoint", run_dir, "--prompt", "東京 ✨", *flags)
+        assert status == 0, err
+        assert out == complete(model_of_bytes, tokenizer, ["東京 ✨"], **settings)[0] + "\n"
+
+
+def test_top_k_and_the_penalty_reach_the_draws(run_dir, in_process):
+    """Of one likeliest id there is no choice, whatever the temperature."""
+    greedy = in_process("--checkpoint", run_dir, "--prompt", "Hi", "--temperature", 0)[1]
+    assert in_process("--checkpoint", run_dir, "--prompt", "Hi", "--top_k", 1, "--temperature", 5)[1] == greedy
+    penalty = ("--repetition_penalty", 5)
+    assert in_process("--checkpoint", run_dir, "--prompt", "Hi", "--temperature", 0, *penalty)[1] != greedy
+
+
+def test_text_ends_before_the_first_stop_text(run_dir, in_process):
+    flags = ("--checkpoint", run_dir, "--prompt", "Hi", "--max_new_tokens", 30)
+    free = in_process(*flags)[1].removesuffix("\n")
+    first, second = free[8:11], free[12:15]  # three characters are several tokens
+    status, out, err = in_process(*flags, "--stop", second, "--stop", first)
+    assert status == 0
+    assert out == free[: free.index(first, 2)] + "\n"
+    assert "context" not in err
+    assert in_process(*flags, "--stop", free[:4])[1] == free + "\n"  # it would begin in the prompt
+
+
+def test_a_stop_text_may_hold_a_line_end_that_is_typed_as_two_characters():
+    assert script.parse_setting("stop", r"\n\n") == "\n\n"
+
+
+def test_samples_are_divided_by_a_line_and_the_first_is_that_of_a_single_one(run_dir, in_process):
+    flags = ("--checkpoint", run_dir, "--prompt", "Hi", "--max_new_tokens", 9, "--seed", 3)
+    single = in_process(*flags)[1]
+    status, out, err = in_process(*flags, "--num_samples", 3)
+    first, second, third = re.split(r"----- sample \d of 3\n", out)
+    assert (status, first) == (0, single)
+    assert len({first, second, third}) == 3
+    assert second.startswith("Hi") and third.endswith("\n")
+    assert err.count("tokens/s") == 3
+    assert in_process(*flags, "--num_samples", 3)[1] == out
+
+
+@pytest.mark.parametrize("flag", ["--cut_prompt", "--continuous"])
+def test_a_prompt_longer_than_the_context_is_cut_from_the_left_by_flag(flag, run_dir, model_of_bytes, in_process):
+    """The text holds the whole prompt. The model sees the newest half of its context."""
+    tokenizer, prompt = Tokenizer(vocab_size=512), "".join(map(str, range(60)))
+    flags = ("--temperature", 0, "--max_new_tokens", 32, flag)
+    status, out, err = in_process("--checkpoint", run_dir, "--prompt", prompt, *flags)
+    [new] = generate(
+        model_of_bytes,
+        [[tokenizer.bos_id, *tokenizer.encode(prompt)[-31:]]],
+        max_new_tokens=32,
+        temperature=0,
+        stop_tokens=tokenizer.stop_tokens,
+    )
+    assert (status, out) == (0, prompt + tokenizer.decode(new) + "\n")
+    assert "111 tokens; the model sees the last 32" in err
+
+
+def test_a_cut_prompt_leaves_room_for_few_tokens_only_if_few_are_asked_for(run_dir, in_process):
+    flags = ("--checkpoint", run_dir, "--prompt", "x" * 200, "--cut_prompt", "--max_new_tokens", 4)
+    assert "201 tokens; the model sees the last 60" in in_process(*flags)[2]
+
+
+def test_the_end_of_the_context_is_said_and_continuous_text_goes_beyond_it(run_dir, in_process):
+    flags = ("--checkpoint", run_dir, "--prompt", "Hi", "--temperature", 0)
+    full, count = "the context of 64 tokens is full", 64 - 3
+    status, out, err = in_process(*flags)
+    assert status == 0 and full in err and "--continuous" in err and f"({count} in" in err
+    assert full not in in_process(*flags, "--max_new_tokens", count)[2]
+    status, longer, err = in_process(*flags, "--continuous")
+    assert status == 0 and full not in err and "(200 in" in err
+    assert longer.startswith(out.removesuffix("\n"))
+
+
+def test_beliefs_are_listed_on_standard_error(run_dir, model_of_bytes, in_process):
+    """They are the model's own probabilities, before temperature, penalty and top-k."""
+    flags = ("--checkpoint", run_dir, "--prompt", "Hi", "--max_new_tokens", 6, "--temperature", 0)
+    plain = in_process(*flags)[1]
+    status, out, err = in_process(*flags, "--logprobs", "list")
+    assert (status, out) == (0, plain)
+    lines = err.splitlines()[:-1]
+    assert len(lines) == 6
+    tokenizer = Tokenizer(vocab_size=512)
+    with torch.no_grad():
+        believed = model_of_bytes(torch.tensor([tokenizer.encode("Hi", bos=True)]))[0, -1].log_softmax(-1)
+    logprob, probability, _, _, likeliest, share = lines[0].split()[:6]
+    assert float(logprob) == pytest.approx(float(believed.max()), abs=0.001)
+    assert probability == share.rstrip(",") == f"{float(believed.max().exp()):.1%}"
+    assert likeliest == repr(tokenizer.decode([int(believed.argmax())]))
+
+
+def test_colours_are_refused_where_there_is_no_terminal(run_dir, in_process):
+    status, out, err = in_process("--checkpoint", run_dir, "--prompt", "Hi", "--logprobs", "colour")
+    assert (status, out) == (2, "")
+    assert "--logprobs list" in err.splitlines()[-1]
+
+
+def test_the_prompt_may_be_a_file_without_its_last_line_end(run_dir, in_process, tmp_path):
+    path = tmp_path / "prompt.txt"
+    flags = ("--checkpoint", run_dir, "--max_new_tokens", 5)
+    for contents, prompt in (
+        (b"a\nb\n", "a\nb"),
+        (b"\xef\xbb\xbfa\r\n", "a"),
+        (b"a\n\n", "a\n"),
+        (b"a\xff", "a\ufffd"),
+    ):
+        path.write_bytes(contents)
+        status, out, err = in_process(*flags, "--prompt_file", path)
+        assert status == 0, err
+        assert out == in_process(*flags, "--prompt", prompt)[1]
+
+
+def test_a_prompt_file_that_cannot_be_read_is_refused_in_one_sentence(run_dir, in_process, tmp_path):
+    for path in (tmp_path / "missing", tmp_path):
+        assert_one_sentence(*in_process("--checkpoint", run_dir, "--prompt_file", path), "--prompt_file", path)
+
+
+def test_two_prompts_are_refused_by_name(run_dir, in_process):
+    status, out, err = in_process("--checkpoint", run_dir, "--prompt", "a", "--prompt_file", "b")
+    assert (status, out) == (2, "")
+    assert "--prompt_file" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", [(), ("--prompt", "-")])
+def test_piped_text_is_the_prompt(flags, run_dir, in_process, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("東京\n".encode()), "ascii"))
+    status, out, err = in_process("--checkpoint", run_dir, *flags, "--max_new_tokens", 5)
+    assert status == 0, err
+    assert out == in_process("--checkpoint", run_dir, "--prompt", "東京", "--max_new_tokens", 5)[1]
+
+
+def test_nothing_piped_is_refused_in_one_sentence(run_dir, in_process, monkeypatch):
+    for stdin in (io.TextIOWrapper(io.BytesIO()), None):  # Python has no sys.stdin if it was closed
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert_one_sentence(*in_process("--checkpoint", run_dir), "standard input is empty", "--prompt")
+
+
+def start(run_dir, *flags, **streams):
+    """A process that continues "Hi" without end."""
+    path = Path(script.__file__).resolve()
+    endless = ["--temperature", "0", "--continuous", "--max_new_tokens", "1000000000"]
+    return subprocess.Popen(
+        [sys.executable, path, "--checkpoint", run_dir, "--device", "cpu", *endless, *flags],
+        env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
+        **streams,
+    )
+
+
+def test_text_comes_while_it_is_generated_and_ctrl_c_ends_it(run_dir):
+    with start(run_dir, "--prompt", "Hi", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        began = process.stdout.read(2000)  # and the process goes on
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    text = (began + out).decode()
+    assert text.startswith("Hi") and text.endswith("\n")
+    assert re.fullmatch(rb"\d+\.\d tokens/s .*\n", err)
+
+
+def test_a_reader_that_goes_away_ends_it_without_a_traceback(run_dir):
+    with start(run_dir, "--prompt", "Hi", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141  # as of a program that SIGPIPE ends
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
+def test_a_full_disk_is_said_in_one_sentence(run_dir):
+    with (
+        open("/dev/full", "wb") as full,
+        start(run_dir, "--prompt", "Hi", stdout=full, stderr=subprocess.PIPE) as process,
+    ):
+        _, err = process.communicate(timeout=60)
+    assert_one_sentence(process.returncode, "", err.decode(), "standard output", "No space left")
+
+
 def test_a_prompt_longer_than_the_context_is_refused_in_one_sentence(run_dir, in_process):
-    assert_one_sentence(*in_process("--checkpoint", run_dir, "--prompt", "x" * 64), "65 tokens", "63")
+    assert_one_sentence(*in_process("--checkpoint", run_dir, "--prompt", "x" * 64), "65 tokens", "63", "--cut_prompt")
 
 
 @pytest.mark.parametrize(
@@ -270,12 +515,21 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, in_process):
         ("--top_p", 0),
         ("--top_p", 1.01),
         ("--top_p", math.nan),
+        ("--temperature", math.inf),
+        ("--top_k", -1),
+        ("--top_k", 2.5),
+        ("--repetition_penalty", 0),
+        ("--repetition_penalty", math.nan),
+        ("--num_samples", 0),
+        ("--seed", "seven"),
+        ("--stop", ""),
+        ("--logprobs", "all"),
     ],
 )
 def test_flags_out_of_range_are_refused_by_name(flag, value, run_dir, in_process):
     status, out, err = in_process("--checkpoint", run_dir, "--prompt", "Hi", flag, value)
     assert (status, out) == (2, "")
-    assert flag in err.splitlines()[-1]
+    assert flag in err.splitlines()[-1] and repr(str(value)) in err.splitlines()[-1]
 
 
 def test_an_unknown_device_is_refused_in_one_sentence(run_dir, monkeypatch, capsys):
