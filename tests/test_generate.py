@@ -4,9 +4,11 @@ import io
 import math
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -535,3 +537,157 @@ def test_flags_out_of_range_are_refused_by_name(flag, value, run_dir, in_process
 def test_an_unknown_device_is_refused_in_one_sentence(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(run_dir), "--prompt", "x", "--device", "tpu9"])
     assert_one_sentence(script.main(), *capsys.readouterr(), "tpu9")
+
+
+# ---------------------------------------------------------------- the interactive loop
+
+
+class Terminal:
+    """`generate.py` in a terminal of its own. Everything that it shows, on both streams, is in `shown`."""
+
+    def __init__(self, run_dir, *flags, **streams):
+        import fcntl
+        import pty
+        import termios
+
+        self.master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, 500))  # wide enough that readline breaks no line
+        streams = {"stdin": slave, "stdout": slave, "stderr": slave, **streams}
+        self.process = subprocess.Popen(
+            [sys.executable, Path(script.__file__).resolve(), "--checkpoint", run_dir, "--device", "cpu", *flags],
+            env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb"},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches the process
+            **streams,
+        )
+        os.close(slave)
+        self.shown = ""
+        self.wait_for("> ")
+
+    def wait_for(self, pattern):
+        """Read until `pattern` matches what is shown after the last match. Return what was shown until then."""
+        limit, start = time.monotonic() + 60, len(self.shown)
+        while not (found := re.search(pattern, self.shown[start:])):
+            assert time.monotonic() < limit, self.shown[start:]
+            assert select.select([self.master], [], [], 60)[0], self.shown[start:]
+            self.shown += os.read(self.master, 1 << 16).decode(errors="replace").replace("\r\n", "\n")
+        return self.shown[start : start + found.end()]
+
+    def type(self, keys):
+        """Type `keys`, and return what is shown until the next prompt."""
+        os.write(self.master, keys if isinstance(keys, bytes) else keys.encode())
+        return self.wait_for(r"(?<=\n)> $")
+
+    def end(self, keys):
+        os.write(self.master, keys)
+        return self.process.wait(timeout=60)
+
+
+@pytest.fixture
+def terminal(run_dir):
+    pytest.importorskip("termios")
+    opened = []
+
+    def open_one(*flags, **streams):
+        opened.append(Terminal(run_dir, *flags, **streams))
+        return opened[-1]
+
+    yield open_one
+    for each in opened:
+        each.process.kill()
+        each.process.wait()
+        os.close(each.master)
+
+
+CTRL_C, CTRL_D, UP = b"\x03", b"\x04", b"\x1b[A"
+
+
+def test_a_session_continues_lines_changes_settings_and_ends_with_ctrl_d(terminal, run_dir, model_of_bytes):
+    session = terminal("--max_new_tokens", "5", "--temperature", "0")
+    assert "/help" in session.shown and "Ctrl-D" in session.shown
+    tokenizer = Tokenizer(vocab_size=512)
+
+    def expected(prompt, **changes):
+        settings = {"max_new_tokens": 5, "temperature": 0, "top_p": 1, "seed": 0, **changes}
+        return complete(model_of_bytes, tokenizer, [prompt], **settings)[0]
+
+    shown = session.type("東京\n")
+    assert expected("東京") + "\n" in shown and "tokens/s (5 in" in shown
+    shown = session.type(UP + b"!\n")  # the history
+    assert expected("東京!") in shown
+    assert session.type("/max_tokens 2\n").count("\n") == 1  # the echo alone
+    assert "tokens/s (2 in" in session.type("Hi\n")
+    shown = session.type("/top_p 2\n")
+    assert "/top_p '2': must be above 0 and at most 1" in shown
+    shown = session.type("/colour red\n")
+    assert "/colour: no such command" in shown and "/temperature" in shown and "/quit" in shown
+    shown = session.type("/help\n")
+    assert all(f"/{name}" in shown for name in script.SETTINGS) and re.search(r"/max_new_tokens +2 ", shown)
+    session.type("/temperature 1\n"), session.type("/top_p 0.5\n"), session.type("/max_new_tokens 9\n")
+    drawn = expected("Hi", max_new_tokens=9, temperature=1, top_p=0.5, seed=-7)
+    for _ in range(2):  # a seed begins the draws anew
+        session.type("/seed -7\n")
+        assert drawn in session.type("Hi\n")
+    assert drawn not in session.type("Hi\n")
+    assert session.end(CTRL_D) == 0
+    assert "Traceback" not in session.shown
+
+
+def test_stop_texts_are_set_and_removed_in_a_session(terminal, run_dir, in_process):
+    free = in_process("--checkpoint", run_dir, "--prompt", "Hi", "--max_new_tokens", 9, "--temperature", 0)[1]
+    session = terminal("--max_new_tokens", "9", "--temperature", "0", "--stop", free[5])
+    assert free not in session.type("Hi\n")
+    session.type("/stop\n")
+    assert free in session.type("Hi\n")
+    session.type(f"/stop {free[6]}\n")
+    assert free not in session.type("Hi\n")
+    assert session.end(b"/quit\n") == 0
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_session(terminal):
+    session = terminal("--continuous", "--max_new_tokens", "1000000000", "--temperature", "0", "--num_samples", "3")
+    os.write(session.master, b"Hi\n")
+    session.wait_for(r"Hi\nHi(.|\n){300}")
+    shown = session.type(CTRL_C)
+    assert re.search(r"\n\d+\.\d tokens/s .*\n> $", shown)
+    assert "sample 2" not in shown
+    os.write(session.master, b"half a line")
+    session.wait_for("half a line")
+    time.sleep(0.3)  # Python misses a signal in the instant before it waits for the next key
+    session.type(CTRL_C)  # at the prompt it drops the line
+    session.type("/max_tokens 3\n")
+    assert session.type("Hi\n").count("tokens/s (3 in") == 3
+    assert session.end(CTRL_D) == 0
+    assert "Traceback" not in session.shown
+
+
+def test_a_session_survives_long_prompts_and_bytes_that_are_not_utf8(terminal):
+    session = terminal("--max_new_tokens", "2")
+    assert "65 tokens" in session.type("x" * 64 + "\n")
+    assert "tokens/s (2 in" in session.type(b"a\xffb\n")
+    assert session.type("\n").count("\n") == 1  # an empty line asks for nothing
+    assert " /usr" in session.type(" /usr\n")
+    assert session.end(b"/quit\n") == 0
+
+
+def test_in_a_session_only_text_goes_to_a_file(terminal, run_dir, in_process, tmp_path):
+    with open(tmp_path / "text", "wb") as file:
+        session = terminal("--max_new_tokens", "5", stdout=file)
+        session.type("Hi\n")
+        assert session.end(CTRL_D) == 0
+    once = in_process("--checkpoint", run_dir, "--prompt", "Hi", "--max_new_tokens", 5)[1]
+    assert (tmp_path / "text").read_text(encoding="utf-8") == once
+
+
+def test_colours_show_what_the_model_believed(terminal, run_dir, in_process):
+    flags = ("--max_new_tokens", "9", "--temperature", "0")
+    text = in_process("--checkpoint", run_dir, "--prompt", "Hi", *flags)[1]
+    session = terminal(*flags, "--logprobs", "colour")
+    shown = session.type("Hi\n")
+    assert re.search("\x1b\\[31m.+?\x1b\\[0m", shown)  # a random model believes little
+    assert text in re.sub("\x1b\\[\\d+m", "", shown)
+    assert [script.coloured("a", 0, torch.tensor([p, 1 - p]).log())[:5] for p in (0.6, 0.2, 0.05)] == [
+        "\x1b[32m",
+        "\x1b[33m",
+        "\x1b[31m",
+    ]
