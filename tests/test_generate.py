@@ -1,360 +1,28 @@
-"""generate.py: compared with Hugging Face's, with nuclei worked out by hand, and run as a user types it."""
+"""generate.py: texts, compared with Hugging Face's, and the script as a user types it."""
 
 import io
 import json
 import math
 import os
+import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from test_model import TINY, hf_twin, one_thread, random_model  # noqa: F401 (one_thread is autouse)
+from test_model import TINY, one_thread, random_model  # noqa: F401 (one_thread is autouse)
+from test_sampling import hf_greedy
 
 import generate as script
 from checkpoints import save_checkpoint
-from generate import CANDIDATES, complete, generate, nucleus, sample_next
-from model import KVCache
+from generate import TextStream, complete, generate
 from tokenizer import Tokenizer
-
-PROMPTS = [[5, 17, 3, 99, 42, 8, 8], [1], [60, 2, 71], list(range(100, 60, -1))]
-
-
-def hf_greedy(model, prompt, max_new_tokens, stop_tokens=()):
-    """New ids of one prompt by Hugging Face's own loop, without the stop token."""
-    with torch.no_grad():
-        ids = (
-            hf_twin(model)
-            .generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=list(stop_tokens) or None,
-                bos_token_id=None,
-                pad_token_id=0,
-            )[0, len(prompt) :]
-            .tolist()
-        )
-    return ids[:-1] if ids[-1] in stop_tokens else ids
-
-
-# ---------------------------------------------------------------- greedy
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"n_kv_heads": 1, "tie_embeddings": True, "seed": 3}, {"n_kv_heads": 4, "rope_scale": 32.0, "dim": 128}],
-    ids=["grouped", "tied, one group", "rope scaled"],
-)
-def test_greedy_ids_of_a_batch_equal_hugging_faces_of_each_prompt(changes):
-    model = random_model(**changes)
-    ours = generate(model, PROMPTS, max_new_tokens=24, temperature=0)
-    assert ours == [hf_greedy(model, prompt, 24) for prompt in PROMPTS]
-    assert all(len(set(row)) > 5 for row in ours)  # one id over and over would show nothing
-
-
-def test_greedy_ids_equal_those_of_a_loop_without_a_cache():
-    model = random_model()
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        with torch.no_grad():
-            for _ in range(20):
-                ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-        assert generate(model, [prompt], max_new_tokens=20, temperature=0) == [ids[len(prompt) :]]
-
-
-def test_a_batch_equals_its_prompts_alone_in_any_order():
-    model = random_model()
-    alone = [generate(model, [prompt], max_new_tokens=20, temperature=0)[0] for prompt in PROMPTS]
-    assert generate(model, PROMPTS, max_new_tokens=20, temperature=0) == alone
-    assert generate(model, PROMPTS[::-1], max_new_tokens=20, temperature=0) == alone[::-1]
-    assert generate(model, PROMPTS + PROMPTS, max_new_tokens=20, temperature=0) == alone + alone
-
-
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_generate_returns_as_many_new_ids_as_asked_for(count):
-    rows = generate(random_model(), PROMPTS, max_new_tokens=count, generator=torch.Generator().manual_seed(0))
-    assert [len(row) for row in rows] == [count] * len(PROMPTS)
-    assert all(type(token) is int and 0 <= token < 101 for row in rows for token in row)
-
-
-def test_generate_returns_no_new_ids_if_none_are_asked_for():
-    assert generate(random_model(), PROMPTS, max_new_tokens=0, temperature=0) == [[] for _ in PROMPTS]
-
-
-def test_the_model_and_the_prompts_stay_as_they_were():
-    model, prompts = random_model().train(), [list(prompt) for prompt in PROMPTS]
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    generate(model, prompts, max_new_tokens=5, temperature=0)
-    assert prompts == PROMPTS
-    assert model.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()  # training goes on after a sample
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cache_is_allocated_once_for_just_the_positions_needed(dtype, monkeypatch):
-    model, caches, held, seen = random_model().to(dtype), [], [], []
-
-    def allocate(*args):
-        caches.append(KVCache(*args))
-        held.append((caches[-1].keys, caches[-1].values))  # so that no later tensor gets their addresses
-        return caches[-1]
-
-    def note(*_):
-        [cache] = caches
-        seen.append((cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape, cache.values.shape))
-
-    monkeypatch.setattr(script, "KVCache", allocate)
-    model.tok_embeddings.register_forward_hook(note)
-    generate(model, PROMPTS, max_new_tokens=20, temperature=0)
-    config, longest = model.config, max(map(len, PROMPTS))
-    assert len(seen) == 20
-    assert set(seen) == {(keys.data_ptr(), values.data_ptr(), keys.shape, values.shape) for keys, values in held}
-    assert caches[0].keys.shape == (config.n_layers, 4, longest + 20, config.n_kv_heads, config.head_dim)
-    assert caches[0].keys.dtype == caches[0].values.dtype == dtype
-
-
-def test_a_model_in_bf16_takes_the_ids_that_are_likeliest_without_a_cache():
-    """The ids are the likeliest up to rounding: the cache adds in another order, and each sum is rounded to 8 bits."""
-    model = random_model().to(torch.bfloat16)
-    for prompt, new in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=12, temperature=0), strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1].float()
-        taken = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
-        torch.testing.assert_close(taken, logits.amax(-1), rtol=0, atol=0.03 * float(logits.std()))
-
-
-# ---------------------------------------------------------------- where a row ends
-
-
-def test_a_stop_token_ends_only_its_own_row_and_is_not_returned():
-    model = random_model()
-    free = generate(model, PROMPTS, max_new_tokens=20, temperature=0)
-    stop = free[0][6]
-    expected = [row[: row.index(stop)] if stop in row else row for row in free]
-    assert len(expected[0]) < 20
-    assert any(len(row) == 20 for row in expected)
-    assert generate(model, PROMPTS, max_new_tokens=20, temperature=0, stop_tokens=[stop]) == expected
-
-
-def test_several_stop_tokens_end_rows_where_hugging_face_ends_them():
-    model = random_model()
-    free = generate(model, PROMPTS, max_new_tokens=20, temperature=0)
-    stops = [row[4 + 3 * i] for i, row in enumerate(free)]
-    ours = generate(model, PROMPTS, max_new_tokens=20, temperature=0, stop_tokens=stops)
-    assert ours == [hf_greedy(model, prompt, 20, stops) for prompt in PROMPTS]
-    assert all(len(row) < 20 for row in ours)
-
-
-def test_a_row_that_begins_with_a_stop_token_is_empty():
-    model = random_model()
-    free = generate(model, PROMPTS, max_new_tokens=20, temperature=0)
-    rows = generate(model, PROMPTS, max_new_tokens=20, temperature=0, stop_tokens=[free[1][0]])
-    assert rows[1] == []
-    assert any(rows)
-
-
-def test_a_stop_token_in_the_prompt_ends_nothing():
-    model = random_model()
-    [free] = generate(model, [[7, 8, 9]], max_new_tokens=10, temperature=0)
-    stop = next(token for token in range(101) if token not in free)
-    [plain] = generate(model, [[7, stop, 9]], max_new_tokens=10, temperature=0)
-    [stopped] = generate(model, [[7, stop, 9]], max_new_tokens=10, temperature=0, stop_tokens=[stop])
-    assert stopped == (plain[: plain.index(stop)] if stop in plain else plain)
-    assert stopped
-
-
-def test_rows_end_where_the_context_is_full_and_shorter_ones_go_on():
-    model = random_model(max_seq_len=16)
-    prompts = [[1, 2, 3], list(range(10)), list(range(15)), [9]]
-    ours = generate(model, prompts, max_new_tokens=100, temperature=0)
-    assert [len(row) for row in ours] == [13, 6, 1, 15]
-    assert ours == [hf_greedy(model, prompt, 16 - len(prompt)) for prompt in prompts]
-
-
-def test_nothing_is_computed_after_all_rows_have_ended():
-    model = random_model(max_seq_len=16)
-    passes = []
-    model.tok_embeddings.register_forward_hook(lambda *_: passes.append(1))
-
-    def count(prompts, **settings):
-        passes.clear()
-        generate(model, prompts, max_new_tokens=8, temperature=0, **settings)
-        return len(passes)
-
-    [row] = generate(model, [[1, 2, 3]], max_new_tokens=8, temperature=0)
-    assert count([[1, 2, 3]]) == 8
-    assert count([[1, 2, 3], [1, 2, 3]], stop_tokens=[row[4]]) == row.index(row[4]) + 1
-    assert count([[1, 2, 3], [1, 2, 3]], stop_tokens=[row[0]]) == 1
-    assert count([[1] * 15]) == 1
-    assert count([[1] * 14, [1] * 12]) == 4
-
-
-@pytest.mark.parametrize("length", [0, 16, 17, 1000])
-def test_a_prompt_that_is_empty_or_fills_the_context_is_refused_by_its_length(length):
-    model = random_model(max_seq_len=16)
-    for prompts in ([[1] * length], [[1, 2], [1] * length]):
-        with pytest.raises(ValueError, match=f"{length} tokens"):
-            generate(model, prompts, max_new_tokens=5)
-
-
-# ---------------------------------------------------------------- drawing
-
-PROBABILITIES = [0.05, 0.4, 0.1, 0.2, 0.25]  # ids in falling order: 1, 4, 3, 2, 0
-
-
-def draws(probabilities, temperature, top_p, count=20_000):
-    """How often each id is drawn, as shares."""
-    logits = torch.tensor(probabilities).log().expand(count, -1)
-    ids = sample_next(logits, temperature, top_p, torch.Generator().manual_seed(0))
-    assert ids.shape == (count,)
-    return torch.bincount(ids, minlength=len(probabilities)) / count
-
-
-@pytest.mark.parametrize(
-    ("top_p", "nucleus"),
-    [
-        (0.01, {1}),
-        (0.39, {1}),
-        (0.41, {1, 4}),
-        (0.64, {1, 4}),
-        (0.66, {1, 4, 3}),
-        (0.84, {1, 4, 3}),
-        (0.86, {1, 4, 3, 2}),
-        (0.94, {1, 4, 3, 2}),
-        (0.96, {0, 1, 2, 3, 4}),
-        (1.0, {0, 1, 2, 3, 4}),
-    ],
-)
-def test_ids_are_drawn_from_the_nucleus_in_proportion_to_their_probabilities(top_p, nucleus):
-    shares = draws(PROBABILITIES, 1.0, top_p)
-    kept = torch.tensor([p if i in nucleus else 0.0 for i, p in enumerate(PROBABILITIES)])
-    assert set(shares.nonzero().flatten().tolist()) == nucleus
-    torch.testing.assert_close(shares, kept / kept.sum(), rtol=0, atol=0.015)  # 4 standard errors
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_probabilities_are_raised_to_1_over_the_temperature(temperature):
-    expected = torch.tensor(PROBABILITIES) ** (1 / temperature)
-    torch.testing.assert_close(draws(PROBABILITIES, temperature, 1.0), expected / expected.sum(), rtol=0, atol=0.015)
-
-
-def test_the_nucleus_is_taken_after_the_temperature_is_applied():
-    # Squared and normalised they are 0.53, 0.3, 0.13, 0.03, so two of them reach 0.8. Without squaring, three do.
-    assert set(draws([0.4, 0.3, 0.2, 0.1], 0.5, 0.8).nonzero().flatten().tolist()) == {0, 1}
-    assert set(draws([0.4, 0.3, 0.2, 0.1], 1.0, 0.8).nonzero().flatten().tolist()) == {0, 1, 2}
-
-
-def test_every_row_has_its_own_nucleus():
-    logits = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.5, 0.45], [0.3, 0.3, 0.4]]).log()
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([sample_next(logits, 1.0, 0.8, generator) for _ in range(300)], dim=1)
-    assert [set(row.tolist()) for row in drawn] == [{0}, {1, 2}, {0, 1, 2}]
-
-
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 1.0])
-def test_temperature_zero_takes_the_likeliest_and_draws_nothing(top_p):
-    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    assert torch.equal(sample_next(logits, 0, top_p, generator), logits.argmax(-1))
-    assert torch.equal(generator.get_state(), before)
-
-
-@pytest.mark.parametrize("top_p", [0.5, 1.0])
-def test_a_very_low_temperature_takes_the_likeliest(top_p):
-    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
-    ids = sample_next(logits, 1e-6, top_p, torch.Generator().manual_seed(0))
-    assert torch.equal(ids, logits.argmax(-1))
-
-
-@pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_ids_are_drawn_from_logits_in_bf16(top_p):
-    logits = torch.tensor([PROBABILITIES]).log().bfloat16().expand(2000, -1)
-    assert len(sample_next(logits, 1.0, top_p, torch.Generator().manual_seed(0)).unique()) >= 4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_nucleus_of_half_a_large_vocabulary_is_that_half(dtype):
-    """A sum of a hundred thousand small numbers must not lose them."""
-    logits = torch.where(torch.arange(128_256) < 64_128, 2**-6, 0.0).to(dtype).expand(40, -1)
-    ids = sample_next(logits, 1.0, 0.5, torch.Generator().manual_seed(0))
-    assert ids.max() < 64_128
-    assert len(ids.unique()) > 30
-
-
-def nucleus_by_sorting(probabilities, top_p):
-    """The likeliest ids of a row that reach `top_p`, and their probabilities. Of equal ids the lower comes first."""
-    ranked, ids = probabilities.sort(descending=True, stable=True)
-    size = int((ranked.cumsum(-1) - ranked < top_p).sum())
-    return ids[:size].tolist(), ranked[:size].tolist()
-
-
-@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 0.95, 0.999])
-@pytest.mark.parametrize("spread", [0.0, 0.3, 2.0, 5.0, 50.0])  # from all ids equally likely to one certain id
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])  # bf16 and int64 give equal logits
-def test_the_nucleus_among_candidates_is_that_of_the_whole_vocabulary(top_p, spread, dtype):
-    logits = (spread * torch.randn(3, 3000, generator=torch.Generator().manual_seed(0))).to(dtype).float()
-    logits[1] /= 3
-    probabilities = logits.softmax(-1)
-    for candidates in (1, 2, 30, 1000, 3000, 5000):
-        ids, kept = nucleus(probabilities, top_p, candidates)
-        found = [(i[k > 0].tolist(), k[k > 0].tolist()) for i, k in zip(ids, kept, strict=True)]
-        assert found == [nucleus_by_sorting(row, top_p) for row in probabilities]
-
-
-def test_ids_as_likely_as_the_last_candidate_are_not_lost():
-    """The ids 2 to 9 are equally likely. The nucleus needs two of them: 2 and 3, for any number of candidates."""
-    probabilities = torch.tensor([[0.1] + [0.3] + [0.075] * 8])
-    for candidates in range(1, 11):
-        ids, kept = nucleus(probabilities, 0.5, candidates)
-        assert ids[kept > 0].tolist() == [1, 0, 2, 3]
-
-
-def test_a_vocabulary_is_sorted_only_if_the_candidates_are_too_few():
-    logits = torch.randn(2, 128_256, generator=torch.Generator().manual_seed(0))
-    assert nucleus((6 * logits).softmax(-1), 0.95)[0].shape == (2, CANDIDATES)
-    assert nucleus(logits.softmax(-1), 0.95)[0].shape == (2, 128_256)
-    logits[0] *= 6  # one row that needs all ids is enough
-    assert nucleus(logits.softmax(-1), 0.95)[0].shape == (2, 128_256)
-
-
-def sampled(model, seed, **changes):
-    settings = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.95, **changes}
-    return generate(model, PROMPTS, **settings, generator=torch.Generator().manual_seed(seed))
-
-
-def test_the_same_seed_draws_the_same_ids_and_another_seed_draws_others():
-    model = random_model()
-    assert sampled(model, 0) == sampled(model, 0)
-    assert sampled(model, 0) != sampled(model, 1)
-    assert sampled(model, 0) != sampled(model, 0, temperature=0)
-
-
-def test_a_generator_that_is_passed_in_leaves_the_global_one_alone():
-    """Training must draw the same numbers whether or not it makes samples on the way."""
-    before = torch.get_rng_state()
-    sampled(random_model(), 0)  # random_model() draws its initial weights from the global one
-    torch.set_rng_state(before)
-    model = random_model()
-    before = torch.get_rng_state()
-    sampled(model, 0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_sampled_ids_follow_the_models_distribution():
-    model = random_model(vocab_size=7)
-    with torch.no_grad():
-        expected = model(torch.tensor([[1, 2, 3]]))[0, -1].softmax(-1)
-    rows = generate(model, [[1, 2, 3]] * 8000, max_new_tokens=1, generator=torch.Generator().manual_seed(0))
-    shares = torch.bincount(torch.tensor(rows).flatten(), minlength=7) / 8000
-    torch.testing.assert_close(shares, expected, rtol=0, atol=0.025)
-
 
 # ---------------------------------------------------------------- texts
 
@@ -392,6 +60,68 @@ def test_the_same_seed_gives_the_same_texts(model_of_bytes):
     tokenizer = Tokenizer(vocab_size=512)
     first, second, other = (complete(model_of_bytes, tokenizer, ["a"], **settings, seed=seed) for seed in (0, 0, 1))
     assert first == second != other
+
+
+# ---------------------------------------------------------------- texts as they come
+
+
+SCRIPTS = "naïve 東京は雨 👩‍👩‍👧‍👦🇨🇭 ✨ Ελλάδα مرحبا"  # of 512 ids each is a byte, so tokens cut these characters
+
+
+def pieces(ids, stop_texts=()):
+    """What a TextStream gives for each id, and at the end."""
+    stream = TextStream(Tokenizer(vocab_size=512), stop_texts)
+    return [stream.add(token) for token in ids] + [stream.finish()]
+
+
+def test_characters_that_are_cut_over_tokens_come_whole_with_their_last_byte():
+    ids = Tokenizer(vocab_size=512).encode(SCRIPTS)
+    assert len(ids) == len(SCRIPTS.encode())
+    assert [piece for piece in pieces(ids) if piece] == list(SCRIPTS)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_pieces_of_any_ids_join_to_their_decoded_text_at_every_token(seed):
+    """Random ids, and in their middle a text that begins and ends within a character."""
+    tokenizer = Tokenizer(vocab_size=512)
+    ids = torch.randint(512, (60,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids[20:40] = tokenizer.encode(SCRIPTS)[seed : seed + 20]
+    came = pieces(ids)
+    assert "".join(came) == tokenizer.decode(ids)
+    for count in range(len(ids)):
+        sure, whole = "".join(came[:count]), tokenizer.decode(ids[:count])
+        assert whole.startswith(sure)
+        assert set(whole[len(sure) :]) <= {"\ufffd"}  # only part of a character is held back
+
+
+def before_stop(text, stop_texts):
+    """`text` up to the stop text that ends first, and whether there is one."""
+    for end in range(len(text) + 1):
+        if lengths := [len(stop) for stop in stop_texts if text[:end].endswith(stop)]:
+            return text[: end - max(lengths)], True
+    return text, False
+
+
+@pytest.mark.parametrize(
+    "stop_texts",
+    [["b"], ["ab"], ["aab"], ["abab", "bb"], ["aaaa", "ab", "ba"], ["東京", "京a"], ["東"], ["cab", "abc"], ["zzz"]],
+)
+@pytest.mark.parametrize("vocab_size", [512, 20_000])  # tokens of one byte, and of several characters
+def test_no_part_of_a_stop_text_comes_wherever_tokens_cut_it(stop_texts, vocab_size):
+    tokenizer = Tokenizer(vocab_size=vocab_size)
+    for seed in range(40):
+        letters = torch.randint(5, (12,), generator=torch.Generator().manual_seed(seed)).tolist()
+        text = "".join("abc東京"[i] for i in letters)
+        expected, stops = before_stop(text, stop_texts)
+        stream, came = TextStream(tokenizer, stop_texts), ""
+        for token in tokenizer.encode(text):
+            came += stream.add(token)
+            assert expected.startswith(came)
+        assert (came + stream.finish(), stream.stopped) == (expected, stops)
+
+
+def test_text_that_only_begins_like_a_stop_text_comes_when_that_is_certain():
+    assert pieces(Tokenizer(vocab_size=512).encode("see en"), ["end"]) == ["s", "", "e", "e ", "", "", "en"]
 
 
 # ---------------------------------------------------------------- the command line
@@ -454,7 +184,8 @@ def test_command_line_prints_the_prompt_and_hugging_faces_greedy_text(run_dir, m
     status, out, err = in_a_shell(
         "--checkpoint", run_dir, "--prompt", prompt, "--max_new_tokens", 20, "--temperature", 0
     )
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert re.fullmatch(r"\d+\.\d tokens/s \(20 in \d+\.\d\d s\)\n", err)
     assert out == prompt + tokenizer.decode(ids) + "\n"
     assert ids
 
@@ -465,9 +196,9 @@ def test_command_line_without_a_checkpoint_says_so_in_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step_00000007"])
-def test_checkpoint_may_be_a_folder_or_a_run_directory(place, run_dir, in_process):
+def test_checkpoint_may_be_a_file_or_a_run_directory(place, run_dir, in_process):
     status, out, err = in_process("--checkpoint", run_dir / place, "--prompt", "Hi", "--max_new_tokens", 3)
-    assert (status, err) == (0, "")
+    assert status == 0, err
     assert out.startswith("Hi")
 
 
@@ -502,8 +233,190 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark(run_dir, monkey
     assert out.buffer.getvalue().startswith(b"in ??")
 
 
+def test_streamed_text_is_the_text_that_complete_returns(run_dir, model_of_bytes, in_process):
+    tokenizer = Tokenizer(vocab_size=512)
+    for seed, temperature in ((0, 0), (0, 1.5), (-3, 0.9), (10**30, 1e-40), (7, 1e300)):
+        settings = {"max_new_tokens": 40, "temperature": temperature, "top_p": 0.9, "seed": seed}
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        status, out, err = in_process("--checkpoint", run_dir, "--prompt", "東京 ✨", *flags)
+        assert status == 0, err
+        assert out == complete(model_of_bytes, tokenizer, ["東京 ✨"], **settings)[0] + "\n"
+
+
+def test_top_k_and_the_penalty_reach_the_draws(run_dir, in_process):
+    """Of one likeliest id there is no choice, whatever the temperature."""
+    greedy = in_process("--checkpoint", run_dir, "--prompt", "Hi", "--temperature", 0)[1]
+    assert in_process("--checkpoint", run_dir, "--prompt", "Hi", "--top_k", 1, "--temperature", 5)[1] == greedy
+    penalty = ("--repetition_penalty", 5)
+    assert in_process("--checkpoint", run_dir, "--prompt", "Hi", "--temperature", 0, *penalty)[1] != greedy
+
+
+def test_text_ends_before_the_first_stop_text(run_dir, in_process):
+    flags = ("--checkpoint", run_dir, "--prompt", "Hi", "--max_new_tokens", 30)
+    free = in_process(*flags)[1].removesuffix("\n")
+    first, second = free[8:11], free[12:15]  # three characters are several tokens
+    status, out, err = in_process(*flags, "--stop", second, "--stop", first)
+    assert status == 0
+    assert out == free[: free.index(first, 2)] + "\n"
+    assert "context" not in err
+    assert in_process(*flags, "--stop", free[:4])[1] == free + "\n"  # it would begin in the prompt
+
+
+def test_a_stop_text_may_hold_a_line_end_that_is_typed_as_two_characters():
+    assert script.parse_setting("stop", r"\n\n") == "\n\n"
+
+
+def test_samples_are_divided_by_a_line_and_the_first_is_that_of_a_single_one(run_dir, in_process):
+    flags = ("--checkpoint", run_dir, "--prompt", "Hi", "--max_new_tokens", 9, "--seed", 3)
+    single = in_process(*flags)[1]
+    status, out, err = in_process(*flags, "--num_samples", 3)
+    first, second, third = re.split(r"----- sample \d of 3\n", out)
+    assert (status, first) == (0, single)
+    assert len({first, second, third}) == 3
+    assert second.startswith("Hi") and third.endswith("\n")
+    assert err.count("tokens/s") == 3
+    assert in_process(*flags, "--num_samples", 3)[1] == out
+
+
+@pytest.mark.parametrize("flag", ["--cut_prompt", "--continuous"])
+def test_a_prompt_longer_than_the_context_is_cut_from_the_left_by_flag(flag, run_dir, model_of_bytes, in_process):
+    """The text holds the whole prompt. The model sees the newest half of its context."""
+    tokenizer, prompt = Tokenizer(vocab_size=512), "".join(map(str, range(60)))
+    flags = ("--temperature", 0, "--max_new_tokens", 32, flag)
+    status, out, err = in_process("--checkpoint", run_dir, "--prompt", prompt, *flags)
+    [new] = generate(
+        model_of_bytes,
+        [[tokenizer.bos_id, *tokenizer.encode(prompt)[-31:]]],
+        max_new_tokens=32,
+        temperature=0,
+        stop_tokens=tokenizer.stop_tokens,
+    )
+    assert (status, out) == (0, prompt + tokenizer.decode(new) + "\n")
+    assert "111 tokens; the model sees the last 32" in err
+
+
+def test_a_cut_prompt_leaves_room_for_few_tokens_only_if_few_are_asked_for(run_dir, in_process):
+    flags = ("--checkpoint", run_dir, "--prompt", "x" * 200, "--cut_prompt", "--max_new_tokens", 4)
+    assert "201 tokens; the model sees the last 60" in in_process(*flags)[2]
+
+
+def test_the_end_of_the_context_is_said_and_continuous_text_goes_beyond_it(run_dir, in_process):
+    flags = ("--checkpoint", run_dir, "--prompt", "Hi", "--temperature", 0)
+    full, count = "the context of 64 tokens is full", 64 - 3
+    status, out, err = in_process(*flags)
+    assert status == 0 and full in err and "--continuous" in err and f"({count} in" in err
+    assert full not in in_process(*flags, "--max_new_tokens", count)[2]
+    status, longer, err = in_process(*flags, "--continuous")
+    assert status == 0 and full not in err and "(200 in" in err
+    assert longer.startswith(out.removesuffix("\n"))
+
+
+def test_beliefs_are_listed_on_standard_error(run_dir, model_of_bytes, in_process):
+    """They are the model's own probabilities, before temperature, penalty and top-k."""
+    flags = ("--checkpoint", run_dir, "--prompt", "Hi", "--max_new_tokens", 6, "--temperature", 0)
+    plain = in_process(*flags)[1]
+    status, out, err = in_process(*flags, "--logprobs", "list")
+    assert (status, out) == (0, plain)
+    lines = err.splitlines()[:-1]
+    assert len(lines) == 6
+    tokenizer = Tokenizer(vocab_size=512)
+    with torch.no_grad():
+        believed = model_of_bytes(torch.tensor([tokenizer.encode("Hi", bos=True)]))[0, -1].log_softmax(-1)
+    logprob, probability, _, _, likeliest, share = lines[0].split()[:6]
+    assert float(logprob) == pytest.approx(float(believed.max()), abs=0.001)
+    assert probability == share.rstrip(",") == f"{float(believed.max().exp()):.1%}"
+    assert likeliest == repr(tokenizer.decode([int(believed.argmax())]))
+
+
+def test_colours_are_refused_where_there_is_no_terminal(run_dir, in_process):
+    status, out, err = in_process("--checkpoint", run_dir, "--prompt", "Hi", "--logprobs", "colour")
+    assert (status, out) == (2, "")
+    assert "--logprobs list" in err.splitlines()[-1]
+
+
+def test_the_prompt_may_be_a_file_without_its_last_line_end(run_dir, in_process, tmp_path):
+    path = tmp_path / "prompt.txt"
+    flags = ("--checkpoint", run_dir, "--max_new_tokens", 5)
+    for contents, prompt in (
+        (b"a\nb\n", "a\nb"),
+        (b"\xef\xbb\xbfa\r\n", "a"),
+        (b"a\n\n", "a\n"),
+        (b"a\xff", "a\ufffd"),
+    ):
+        path.write_bytes(contents)
+        status, out, err = in_process(*flags, "--prompt_file", path)
+        assert status == 0, err
+        assert out == in_process(*flags, "--prompt", prompt)[1]
+
+
+def test_a_prompt_file_that_cannot_be_read_is_refused_in_one_sentence(run_dir, in_process, tmp_path):
+    for path in (tmp_path / "missing", tmp_path):
+        assert_one_sentence(*in_process("--checkpoint", run_dir, "--prompt_file", path), "--prompt_file", path)
+
+
+def test_two_prompts_are_refused_by_name(run_dir, in_process):
+    status, out, err = in_process("--checkpoint", run_dir, "--prompt", "a", "--prompt_file", "b")
+    assert (status, out) == (2, "")
+    assert "--prompt_file" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", [(), ("--prompt", "-")])
+def test_piped_text_is_the_prompt(flags, run_dir, in_process, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("東京\n".encode()), "ascii"))
+    status, out, err = in_process("--checkpoint", run_dir, *flags, "--max_new_tokens", 5)
+    assert status == 0, err
+    assert out == in_process("--checkpoint", run_dir, "--prompt", "東京", "--max_new_tokens", 5)[1]
+
+
+def test_nothing_piped_is_refused_in_one_sentence(run_dir, in_process, monkeypatch):
+    for stdin in (io.TextIOWrapper(io.BytesIO()), None):  # Python has no sys.stdin if it was closed
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert_one_sentence(*in_process("--checkpoint", run_dir), "standard input is empty", "--prompt")
+
+
+def start(run_dir, *flags, **streams):
+    """A process that continues "Hi" without end."""
+    path = Path(script.__file__).resolve()
+    endless = ["--temperature", "0", "--continuous", "--max_new_tokens", "1000000000"]
+    return subprocess.Popen(
+        [sys.executable, path, "--checkpoint", run_dir, "--device", "cpu", *endless, *flags],
+        env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
+        **streams,
+    )
+
+
+def test_text_comes_while_it_is_generated_and_ctrl_c_ends_it(run_dir):
+    with start(run_dir, "--prompt", "Hi", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        began = process.stdout.read(2000)  # and the process goes on
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    text = (began + out).decode()
+    assert text.startswith("Hi") and text.endswith("\n")
+    assert re.fullmatch(rb"\d+\.\d tokens/s .*\n", err)
+
+
+def test_a_reader_that_goes_away_ends_it_without_a_traceback(run_dir):
+    with start(run_dir, "--prompt", "Hi", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141  # as of a program that SIGPIPE ends
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
+def test_a_full_disk_is_said_in_one_sentence(run_dir):
+    with (
+        open("/dev/full", "wb") as full,
+        start(run_dir, "--prompt", "Hi", stdout=full, stderr=subprocess.PIPE) as process,
+    ):
+        _, err = process.communicate(timeout=60)
+    assert_one_sentence(process.returncode, "", err.decode(), "standard output", "No space left")
+
+
 def test_a_prompt_longer_than_the_context_is_refused_in_one_sentence(run_dir, in_process):
-    assert_one_sentence(*in_process("--checkpoint", run_dir, "--prompt", "x" * 64), "65 tokens", "63")
+    assert_one_sentence(*in_process("--checkpoint", run_dir, "--prompt", "x" * 64), "65 tokens", "63", "--cut_prompt")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -531,14 +444,177 @@ def test_a_model_of_another_kind_is_refused_in_one_sentence(run_dir, tmp_path, i
         ("--top_p", 0),
         ("--top_p", 1.01),
         ("--top_p", math.nan),
+        ("--temperature", math.inf),
+        ("--top_k", -1),
+        ("--top_k", 2.5),
+        ("--repetition_penalty", 0),
+        ("--repetition_penalty", math.nan),
+        ("--num_samples", 0),
+        ("--seed", "seven"),
+        ("--stop", ""),
+        ("--logprobs", "all"),
     ],
 )
 def test_flags_out_of_range_are_refused_by_name(flag, value, run_dir, in_process):
     status, out, err = in_process("--checkpoint", run_dir, "--prompt", "Hi", flag, value)
     assert (status, out) == (2, "")
-    assert flag in err.splitlines()[-1]
+    assert flag in err.splitlines()[-1] and repr(str(value)) in err.splitlines()[-1]
 
 
 def test_an_unknown_device_is_refused_in_one_sentence(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(run_dir), "--prompt", "x", "--device", "tpu9"])
     assert_one_sentence(script.main(), *capsys.readouterr(), "tpu9")
+
+
+# ---------------------------------------------------------------- the interactive loop
+
+
+class Terminal:
+    """`generate.py` in a terminal of its own. Everything that it shows, on both streams, is in `shown`."""
+
+    def __init__(self, run_dir, *flags, **streams):
+        import fcntl
+        import pty
+        import termios
+
+        self.master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, 500))  # wide enough that readline breaks no line
+        streams = {"stdin": slave, "stdout": slave, "stderr": slave, **streams}
+        self.process = subprocess.Popen(
+            [sys.executable, Path(script.__file__).resolve(), "--checkpoint", run_dir, "--device", "cpu", *flags],
+            env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb"},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches the process
+            **streams,
+        )
+        os.close(slave)
+        self.shown = ""
+        self.wait_for("> ")
+
+    def wait_for(self, pattern):
+        """Read until `pattern` matches what is shown after the last match. Return what was shown until then."""
+        limit, start = time.monotonic() + 60, len(self.shown)
+        while not (found := re.search(pattern, self.shown[start:])):
+            assert time.monotonic() < limit, self.shown[start:]
+            assert select.select([self.master], [], [], 60)[0], self.shown[start:]
+            self.shown += os.read(self.master, 1 << 16).decode(errors="replace").replace("\r\n", "\n")
+        return self.shown[start : start + found.end()]
+
+    def type(self, keys):
+        """Type `keys`, and return what is shown until the next prompt."""
+        os.write(self.master, keys if isinstance(keys, bytes) else keys.encode())
+        return self.wait_for(r"(?<=\n)> $")
+
+    def end(self, keys):
+        os.write(self.master, keys)
+        return self.process.wait(timeout=60)
+
+
+@pytest.fixture
+def terminal(run_dir):
+    pytest.importorskip("termios")
+    opened = []
+
+    def open_one(*flags, **streams):
+        opened.append(Terminal(run_dir, *flags, **streams))
+        return opened[-1]
+
+    yield open_one
+    for each in opened:
+        each.process.kill()
+        each.process.wait()
+        os.close(each.master)
+
+
+CTRL_C, CTRL_D, UP = b"\x03", b"\x04", b"\x1b[A"
+
+
+def test_a_session_continues_lines_changes_settings_and_ends_with_ctrl_d(terminal, run_dir, model_of_bytes):
+    session = terminal("--max_new_tokens", "5", "--temperature", "0")
+    assert "/help" in session.shown and "Ctrl-D" in session.shown
+    tokenizer = Tokenizer(vocab_size=512)
+
+    def expected(prompt, **changes):
+        settings = {"max_new_tokens": 5, "temperature": 0, "top_p": 1, "seed": 0, **changes}
+        return complete(model_of_bytes, tokenizer, [prompt], **settings)[0]
+
+    shown = session.type("東京\n")
+    assert expected("東京") + "\n" in shown and "tokens/s (5 in" in shown
+    shown = session.type(UP + b"!\n")  # the history
+    assert expected("東京!") in shown
+    assert session.type("/max_tokens 2\n").count("\n") == 1  # the echo alone
+    assert "tokens/s (2 in" in session.type("Hi\n")
+    shown = session.type("/top_p 2\n")
+    assert "/top_p '2': must be above 0 and at most 1" in shown
+    shown = session.type("/colour red\n")
+    assert "/colour: no such command" in shown and "/temperature" in shown and "/quit" in shown
+    shown = session.type("/help\n")
+    assert all(f"/{name}" in shown for name in script.SETTINGS) and re.search(r"/max_new_tokens +2 ", shown)
+    session.type("/temperature 1\n"), session.type("/top_p 0.5\n"), session.type("/max_new_tokens 9\n")
+    drawn = expected("Hi", max_new_tokens=9, temperature=1, top_p=0.5, seed=-7)
+    for _ in range(2):  # a seed begins the draws anew
+        session.type("/seed -7\n")
+        assert drawn in session.type("Hi\n")
+    assert drawn not in session.type("Hi\n")
+    assert session.end(CTRL_D) == 0
+    assert "Traceback" not in session.shown
+
+
+def test_stop_texts_are_set_and_removed_in_a_session(terminal, run_dir, in_process):
+    free = in_process("--checkpoint", run_dir, "--prompt", "Hi", "--max_new_tokens", 9, "--temperature", 0)[1]
+    session = terminal("--max_new_tokens", "9", "--temperature", "0", "--stop", free[5])
+    assert free not in session.type("Hi\n")
+    session.type("/stop\n")
+    assert free in session.type("Hi\n")
+    session.type(f"/stop {free[6]}\n")
+    assert free not in session.type("Hi\n")
+    assert session.end(b"/quit\n") == 0
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_session(terminal):
+    session = terminal("--continuous", "--max_new_tokens", "1000000000", "--temperature", "0", "--num_samples", "3")
+    os.write(session.master, b"Hi\n")
+    session.wait_for(r"Hi\nHi(.|\n){300}")
+    shown = session.type(CTRL_C)
+    assert re.search(r"\n\d+\.\d tokens/s .*\n> $", shown)
+    assert "sample 2" not in shown
+    os.write(session.master, b"half a line")
+    session.wait_for("half a line")
+    time.sleep(0.3)  # Python misses a signal in the instant before it waits for the next key
+    session.type(CTRL_C)  # at the prompt it drops the line
+    session.type("/max_tokens 3\n")
+    assert session.type("Hi\n").count("tokens/s (3 in") == 3
+    assert session.end(CTRL_D) == 0
+    assert "Traceback" not in session.shown
+
+
+def test_a_session_survives_long_prompts_and_bytes_that_are_not_utf8(terminal):
+    session = terminal("--max_new_tokens", "2")
+    assert "65 tokens" in session.type("x" * 64 + "\n")
+    assert "tokens/s (2 in" in session.type(b"a\xffb\n")
+    assert session.type("\n").count("\n") == 1  # an empty line asks for nothing
+    assert " /usr" in session.type(" /usr\n")
+    assert session.end(b"/quit\n") == 0
+
+
+def test_in_a_session_only_text_goes_to_a_file(terminal, run_dir, in_process, tmp_path):
+    with open(tmp_path / "text", "wb") as file:
+        session = terminal("--max_new_tokens", "5", stdout=file)
+        session.type("Hi\n")
+        assert session.end(CTRL_D) == 0
+    once = in_process("--checkpoint", run_dir, "--prompt", "Hi", "--max_new_tokens", 5)[1]
+    assert (tmp_path / "text").read_text(encoding="utf-8") == once
+
+
+def test_colours_show_what_the_model_believed(terminal, run_dir, in_process):
+    flags = ("--max_new_tokens", "9", "--temperature", "0")
+    text = in_process("--checkpoint", run_dir, "--prompt", "Hi", *flags)[1]
+    session = terminal(*flags, "--logprobs", "colour")
+    shown = session.type("Hi\n")
+    assert re.search("\x1b\\[31m.+?\x1b\\[0m", shown)  # a random model believes little
+    assert text in re.sub("\x1b\\[\\d+m", "", shown)
+    assert [script.coloured("a", 0, torch.tensor([p, 1 - p]).log())[:5] for p in (0.6, 0.2, 0.05)] == [
+        "\x1b[32m",
+        "\x1b[33m",
+        "\x1b[31m",
+    ]
