@@ -66,7 +66,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_texts: Sequence[str] = ()):
-        self._bytes = tokenizer._tokens  # of each id
+        self._bytes = tokenizer.tokens  # of each id
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop_texts = stop_texts
         self._held = ""
@@ -106,7 +106,7 @@ def belief(tokenizer: Tokenizer, token: int, logits: Tensor) -> str:
     """
 
     def name(token: int) -> str:
-        piece = tokenizer._tokens[token]
+        piece = tokenizer.tokens[token]
         try:
             return repr(piece.decode())
         except UnicodeDecodeError:  # part of a character

@@ -144,10 +144,11 @@ class Tokenizer:
         outside = [i for i in ids if not 0 <= i < self.vocab_size]
         if outside:
             raise ValueError(f"id {outside[0]} is outside the vocabulary of {self.vocab_size}")
-        return b"".join([self._tokens[i] for i in ids]).decode("utf-8", errors="replace")
+        return b"".join([self.tokens[i] for i in ids]).decode("utf-8", errors="replace")
 
     @cached_property
-    def _tokens(self) -> list[bytes]:
+    def tokens(self) -> list[bytes]:
+        """The bytes of each id; of a control id, those of its name."""
         return [*self._text_tokens, *(name.encode() for name in self.special_tokens)]
 
     def token_byte_lengths(self) -> np.ndarray:

@@ -23,6 +23,7 @@ UNKNOWN = {  # what a file must not import, neither itself nor through other fil
     "dataloaders": {"model", "sources", "workers"},
     "hardware": {"config", "model", "model_utils"},
     "generate": {"sources", "workers", "preparation"},
+    "sampling": {"files", "config", "tokenizer"},
     "hellaswag_utils": {"sources", "workers", "preparation"},
     **{name: {"torch"} for name in ("load_fineweb_dataset", "load_hellaswag_dataset", "threads", "files", "report")},
 }

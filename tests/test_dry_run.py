@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dry_run
-import model_utils
+import records
 import train
 from config import config_as_dict, read_config
 from model import Transformer
@@ -132,7 +132,10 @@ OTHER_SHAPE = {
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak memory of a process")
-@pytest.mark.parametrize("changes", [{}, OTHER_SHAPE], ids=["sample", "other shape"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, id="sample"), pytest.param(OTHER_SHAPE, id="other shape", marks=pytest.mark.slow)],
+)
 def test_the_memory_is_what_a_real_step_takes(changes, corpus, tmp_path):
     sample = {f"model.{name}": value for name, value in config_as_dict(train.SAMPLE.model).items()}
     sample |= {name: getattr(train.SAMPLE, name) for name in ("batch_size", "total_batch_size", "optimizer")}
@@ -284,7 +287,7 @@ def test_an_old_run_stays_and_nothing_is_written(tmp_path, monkeypatch, capsys):
     before = everything_in(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    monkeypatch.setattr(model_utils, "start_wandb", lambda *_: pytest.fail("wandb was started"))
+    monkeypatch.setattr(records, "start_wandb", lambda *_: pytest.fail("wandb was started"))
     monkeypatch.setattr(sys, "argv", ["train.py", *words(TINY), "--dry_run"])
     assert train.main() == 0
     assert everything_in(tmp_path) == before

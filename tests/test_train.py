@@ -31,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluation
-import model_utils
+import records
 import train
 from config import read_config
 from dataloaders import BatchLayout, validation_batches
@@ -1463,7 +1463,7 @@ def test_failure_of_weights_and_biases_does_not_stop_training(flags_for, tmp_pat
 
         finish = log
 
-    monkeypatch.setattr(model_utils, "start_wandb", lambda *args: Broken())
+    monkeypatch.setattr(records, "start_wandb", lambda *args: Broken())
     result = train_here(flags_for(tmp_path, max_steps=3))
     assert result.status == 0, result.err
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
