@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from checkpoints import checkpoint_bytes
 from config import Config, config_as_dict
+from files import existing_parent
 from model import Transformer
 from model_utils import Process, place_model, sum_over_processes, wrap_model
 from optimizers import build_optimizers
@@ -62,7 +63,7 @@ def dry_run(cfg: Config, process: Process, update: Callable) -> int:
     peak = max(memory_peak(process.device) - before, 0)
     process.print(table(memory_title(process.device, free), memory_lines(parts, saved, peak, cfg)))
     process.print(table("time", time_lines(cfg, process, seconds)))
-    kept, free_disk = checkpoints_at_once(cfg) * checkpoint, disk_free(Path(cfg.out_dir))
+    kept, free_disk = checkpoints_at_once(cfg) * checkpoint, shutil.disk_usage(existing_parent(Path(cfg.out_dir))).free
     lines = {
         "a checkpoint": size(checkpoint),
         f"{checkpoints_at_once(cfg)} checkpoints, the most at a time": size(kept),
@@ -196,14 +197,6 @@ def memory_free(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return (proc_bytes("/proc/meminfo", "MemAvailable") if device.type == "cpu" else None) or math.inf
-
-
-def disk_free(folder: Path) -> int:
-    """Free bytes of the disk that `folder`, which may not exist yet, is or will be on."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def checkpoints_at_once(cfg: Config) -> int:

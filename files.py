@@ -148,13 +148,19 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def existing_parent(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 def check_free_space(needed: Iterable[tuple[Path, int]]) -> None:
     """Raises OSError unless the disks have room for `needed`: pairs of a folder, which may not exist yet, and bytes."""
     disks, bytes_needed = {}, Counter()
     for folder, count in needed:
-        folder = folder.absolute()
-        while not folder.exists():
-            folder = folder.parent
+        folder = existing_parent(folder)
         device = folder.stat().st_dev
         disks[device] = folder
         bytes_needed[device] += count

@@ -107,14 +107,14 @@ def resolve(name: DatasetName) -> tuple[str, list[HubFile]]:
     for start in range(0, len(paths), PATHS_AT_ONCE):
         entries = api.get_paths_info(paths=paths[start : start + PATHS_AT_ONCE], **repository)
         found |= {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-    if not found:
+    if not paths:
         raise SourceError(f"{name}: holds no file that ends in {SUFFIXES}; name another data set or folder")
-    entries = [found[path] for path in (sorted(paths) if name.folder else paths) if path in found]
+    if missing := [path for path in paths if path not in found]:
+        raise SourceError(f"{name}: the hub lists {missing[0]} but lacks it; run this again, or name a revision")
+    entries = [found[path] for path in (sorted(paths) if name.folder else paths)]
     files = [HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None) for entry in entries]
-    with (
-        suppress(OSError),
-        atomic_write(_listing(name), "w") as file,
-    ):  # full, or of others: only offline runs need it
+    # Only a run without a network needs this note. So a disk that is full or read-only does not matter here.
+    with suppress(OSError), atomic_write(_listing(name), "w") as file:
         json.dump({"commit": commit, "files": list(map(astuple, files))}, file)
     return commit, files
 

@@ -34,11 +34,8 @@ from tokenizer import Tokenizer
 DATA_ROOT = Path("data")
 SAMPLE_ROOT = "data/sample"
 SAMPLE_VOCAB_SIZE = 4096
-OWN_FOLDERS = {
-    "sample": ["sample"],
-    "fineweb-edu-10BT": ["fineweb-edu"],
-    "hellaswag": [],
-}  # in data/, and their sources
+# Folders in data/ that other scripts expect, and their sources
+OWN_FOLDERS = {"sample": ["sample"], "fineweb-edu-10BT": ["fineweb-edu"], "hellaswag": []}
 
 MOST = 10**15  # of any number that a flag takes
 FEW_TOKENS = 8192  # of a validation shard: its loss would be mostly noise

@@ -187,11 +187,8 @@ def _write_folder(
                 _write_shards(results, progress, held_out, writer, val, recipe["max_tokens"], save, bar)
                 writer.close()
             if not progress.tokens:
-                what = (
-                    "no document has any text"
-                    if not progress.odd_documents.get(IN_VAL_SOURCE)
-                    else ("all documents are in the validation source too")
-                )
+                in_val_source = progress.odd_documents.get(IN_VAL_SOURCE)
+                what = "all documents are in the validation source" if in_val_source else "no document has any text"
                 raise SourceError(f"{source.name}: {what}; check the source")
             shards = [val.close(), *writer.shards]
     except BaseException:

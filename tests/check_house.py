@@ -3,10 +3,12 @@
     python tests/check_house.py            exit status 1, and a line for each finding
 
 A file of the root has at most 400 lines, a function 60, `train()` 100. Imports run one way: there is no circle, nothing
-imports train.py, and a room does not reach what it does not know. Every file says something when it is run.
+imports train.py, and a room does not reach what it does not know. Every file says something when it is run. What a file
+imports from elsewhere stands in requirements.txt.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +59,23 @@ def circle(imports: dict[str, set[str]]) -> list[str]:
     return next((found for name in imports if (found := search([name]))), [])
 
 
+def unnamed_packages(root: Path, trees: dict[str, ast.Module]) -> Iterator[str]:
+    """A sentence for each package that a file imports and requirements.txt does not name.
+
+    The tests' own packages bring many others, so the tests would not notice.
+    """
+    requirements = root / "requirements.txt"
+    text = requirements.read_text(encoding="utf-8") if requirements.is_file() else ""
+    named = set(re.findall(r"^[\w-]+", text, flags=re.MULTILINE))
+    for name, tree in trees.items():
+        nodes = list(ast.walk(tree))
+        found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        for package in sorted({module.split(".")[0] for module in found} - set(sys.stdlib_module_names) - set(trees)):
+            if package not in named:
+                yield f"{name}.py imports {package}, which requirements.txt does not name"
+
+
 def findings(root: Path = ROOT) -> Iterator[str]:
     """A sentence for each thing that is not as it should be."""
     trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(root.glob("*.py"))}
@@ -72,6 +91,7 @@ def findings(root: Path = ROOT) -> Iterator[str]:
         if not any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
             yield f'{name}.py says nothing when it is run; end it with `if __name__ == "__main__":`'
     files = set(trees)
+    yield from unnamed_packages(root, trees)
     if way := circle({name: imported(tree, files, everywhere=True) for name, tree in trees.items()}):
         yield f"imports run in a circle: {' -> '.join(way)}"
     for name, tree in trees.items():

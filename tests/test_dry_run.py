@@ -5,10 +5,12 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,7 +245,7 @@ def test_a_batch_that_leaves_no_margin_does_not_fit(monkeypatch):
 
 
 def test_a_disk_that_is_too_small_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(dry_run, "disk_free", lambda folder: 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     assert dry_run.dry_run(tiny_config(), ALONE, train.update) == 1
     assert "--keep_checkpoints" in capsys.readouterr().out
 

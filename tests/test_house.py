@@ -20,6 +20,10 @@ def test_the_house_is_in_order():
         ({"a": "import b", "b": "from c import d", "c": "def f():\n    import a"}, "in a circle: a -> b -> c -> a"),
         ({"a": "def f():\n    import train", "train": ""}, "a.py imports train.py"),
         ({"files": "import a", "a": "from torch import nn"}, "files.py imports torch"),
+        (
+            {"a": "import json\nfrom elsewhere.inner import x"},
+            "a.py imports elsewhere, which requirements.txt does not",
+        ),
         ({"model": "from loss import f", "loss": "import config", "config": ""}, "model.py imports config"),
     ],
 )

@@ -28,21 +28,13 @@ from test_preparation import (
 )
 
 import load_fineweb_dataset
-import readers
 import sources
 from rows import SourceError
 
 # ---------------------------------------------------------------- the command line
 
 
-@pytest.fixture(autouse=True)
-def no_syncs(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture
-def small_batches(monkeypatch):
-    monkeypatch.setattr(readers, "BATCH_DOCUMENTS", 2)
+pytestmark = pytest.mark.usefixtures("no_syncs")
 
 
 def main(monkeypatch, *args):

@@ -25,6 +25,8 @@ from rows import SourceError
 from shards import ValidationShard
 from tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_syncs")
+
 REPO = Path(__file__).resolve().parents[1]
 VOCAB = 600  # 256 bytes, 88 merges and 256 control ids: a tokenizer of this size is built in milliseconds
 TEXTS = [
@@ -89,18 +91,6 @@ def sentence(stderr):
     assert len(lines) == 1, stderr
     assert lines[0].startswith("load_fineweb_dataset.py: ")
     return lines[0]
-
-
-@pytest.fixture(autouse=True)
-def no_syncs(monkeypatch):
-    """test_files.py tests that files reach the disk. Here hundreds of syncs would only take time."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture
-def small_batches(monkeypatch):
-    """Give two documents at a time to the tokenizer. A real corpus gives two hundred."""
-    monkeypatch.setattr(readers, "BATCH_DOCUMENTS", 2)
 
 
 # ---------------------------------------------------------------- what the shards hold
