@@ -191,9 +191,9 @@ def with_model_of(cfg: Config, args: list[str]) -> tuple[Config, list[str]]:
 def spell_out_dry_run(args: list[str]) -> list[str]:
     """`args` with a True after each --dry_run that has no value. The other flags always take one."""
     words = []
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for place, word in enumerate(args):
         words.append(word)
-        if word in ("--dry_run", "--dry-run") and following not in ("True", "False"):
+        if word in ("--dry_run", "--dry-run") and args[place + 1 : place + 2] not in (["True"], ["False"]):
             words.append("True")
     return words
 

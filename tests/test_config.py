@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from config import REFUSALS, Config, config_errors, read_config
+from config import REFUSALS, Config, config_errors, read_config, spell_out_dry_run
 from train import ORIGINAL, SAMPLE
 
 CPU = replace(SAMPLE, device="cpu", dtype="float32")
@@ -56,3 +56,22 @@ def test_reading_flags_changes_neither_configuration(tmp_path, monkeypatch):
     cfg = read_config(["--device", "cpu", "--max_steps", "3"], ORIGINAL, SAMPLE)
     assert cfg.max_steps == 3 and cfg.data_root == SAMPLE.data_root and cfg.dtype != "auto"
     assert before == (ORIGINAL, SAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("args", "spelled_out"),
+    [
+        ([], []),
+        (["--dry_run"], ["--dry_run", "True"]),
+        (["--dry_run", "--seed", "1"], ["--dry_run", "True", "--seed", "1"]),
+        (["--dry_run", "False"], ["--dry_run", "False"]),
+    ],
+)
+def test_an_order_may_stand_without_a_value(args, spelled_out):
+    assert spell_out_dry_run(args) == spelled_out
+
+
+def test_no_flags_at_all_are_the_sample_where_nothing_is_prepared(tmp_path, monkeypatch):
+    """The README's first line."""
+    monkeypatch.chdir(tmp_path)
+    assert read_config([], ORIGINAL, SAMPLE).data_root == SAMPLE.data_root
