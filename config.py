@@ -52,6 +52,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"]  # of the matrix products; auto: bfloat16 where it is fast
     compile: bool | Literal["auto"]  # torch.compile; auto: where a compiler is found
     seed: int  # of the initial weights and of the order of the data
+    timeout: int  # seconds that ranks wait for a rank that has fallen silent
 
     # Along the way. An interval of 0 switches that activity off. The end of a run is always validated and saved.
     log_every: int  # steps between printed lines; metrics.jsonl has every step
@@ -63,7 +64,8 @@ class Config:
     save_every: int  # steps between checkpoints
     keep_checkpoints: int  # newest ones kept, besides the best
     profile: int  # steps recorded with torch.profiler, into the folder of the run; 0 records none
-    resume: bool  # go on from the newest checkpoint in out_dir, if there is one
+    resume: bool | str  # True: go on from the newest checkpoint in out_dir, if there is one; best; or a path
+    skip_nonfinite: int  # updates in a row that may be left out because a loss or gradient is not finite; 0: none
     init_from: str  # Llama 3 in Hugging Face's layout, or a checkpoint, whose weights a new run begins with; "": none
 
     # Generation
@@ -80,14 +82,19 @@ class Config:
     # The model; its fields are flags too, --model.dim and so on
     model: ModelConfig
 
-    # An order, not a setting: no record of a run has it. `--dry_run` alone means `--dry_run True`.
+    # Orders, not settings: no record of a run has them. `--dry_run` alone means `--dry_run True`.
     dry_run: bool = False  # show what the run will take, and stop; writes nothing
+    allow_config_change: bool = False  # go on although a field that changes the result differs from the checkpoint's
+
+
+ORDERS = ("dry_run", "allow_config_change")
 
 
 def config_as_dict(config: Any) -> dict:
     """A configuration as plain JSON data, as the records of a run hold it."""
     values = asdict(config)
-    values.pop("dry_run", None)
+    for order in ORDERS:
+        values.pop(order, None)
     return json.loads(json.dumps(values))
 
 
@@ -116,9 +123,9 @@ def local_device(name: str) -> torch.device:
 # ---------------------------------------------------------------- refusals
 
 POSITIVE = ("total_batch_size", "batch_size", "max_steps", "log_every", "val_tokens", "keep_checkpoints")
-POSITIVE += ("generate_tokens",)
+POSITIVE += ("generate_tokens", "timeout")
 NOT_NEGATIVE = ("val_every", "hellaswag_every", "generate_every", "save_every", "hellaswag_limit", "warmup_steps")
-NOT_NEGATIVE += ("seed", "profile")
+NOT_NEGATIVE += ("seed", "profile", "skip_nonfinite")
 
 # Fields, what is true of a value that can be honoured, and the sentence for any other value.
 REFUSALS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
@@ -188,12 +195,12 @@ def with_model_of(cfg: Config, args: list[str]) -> tuple[Config, list[str]]:
     return replace(cfg, model=replace(model, max_seq_len=length)), errors
 
 
-def spell_out_dry_run(args: list[str]) -> list[str]:
-    """`args` with a True after each --dry_run that has no value. The other flags always take one."""
+def spell_out_orders(args: list[str]) -> list[str]:
+    """`args` with a True after each order that has no value. The other flags always take one."""
     words = []
     for place, word in enumerate(args):
         words.append(word)
-        if word in ("--dry_run", "--dry-run") and args[place + 1 : place + 2] not in (["True"], ["False"]):
+        if word.lstrip("-").replace("-", "_") in ORDERS and args[place + 1 : place + 2] not in (["True"], ["False"]):
             words.append("True")
     return words
 
@@ -206,7 +213,7 @@ def read_config(args: list[str], original: Config, sample: Config, description: 
         SystemExit: a flag that does not exist, or --help.
     """
     parse = partial(
-        tyro.cli, Config, args=spell_out_dry_run(args), use_underscores=True, config=(tyro.conf.FlagConversionOff,)
+        tyro.cli, Config, args=spell_out_orders(args), use_underscores=True, config=(tyro.conf.FlagConversionOff,)
     )
     cfg, sample = parse(default=original, description=description), parse(default=sample)
     errors = []

@@ -82,6 +82,7 @@ ORIGINAL = Config(
     dtype="auto",
     compile="auto",
     seed=1337,
+    timeout=600,
     # Along the way
     log_every=10,
     val_every=250,
@@ -93,6 +94,7 @@ ORIGINAL = Config(
     keep_checkpoints=2,
     profile=0,
     resume=False,
+    skip_nonfinite=0,
     init_from="",
     # Generation
     prompts=("Hello, I'm a language model,", "The theory of evolution says that"),

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from config import REFUSALS, Config, config_errors, read_config, spell_out_dry_run
+from config import REFUSALS, Config, config_errors, read_config, spell_out_orders
 from train import ORIGINAL, SAMPLE
 
 CPU = replace(SAMPLE, device="cpu", dtype="float32")
@@ -68,7 +68,7 @@ def test_reading_flags_changes_neither_configuration(tmp_path, monkeypatch):
     ],
 )
 def test_an_order_may_stand_without_a_value(args, spelled_out):
-    assert spell_out_dry_run(args) == spelled_out
+    assert spell_out_orders(args) == spelled_out
 
 
 def test_no_flags_at_all_are_the_sample_where_nothing_is_prepared(tmp_path, monkeypatch):
