@@ -27,7 +27,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -198,17 +198,23 @@ def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tens
 
 @torch.inference_mode()
 def score(
-    model: Transformer, examples: Sequence[Example], *, batch_tokens: int = BATCH_TOKENS, show_progress: bool = False
+    model: Transformer,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    show_progress: bool = False,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[list[Tensor]]:
     """Log-probabilities of the tokens of each ending of each example, as float32 tensors on the CPU.
 
-    A batch has at most `batch_tokens` tokens, padding included, but at least one row.
+    A batch has at most `batch_tokens` tokens, padding included, but at least one row. Where `is_stopped` says True
+    between two batches, the rest of the scores stays empty.
     """
     scores = [[torch.empty(0)] * len(example.endings) for example in examples]
     # Rows of similar length need little padding. The longest rows come first: if memory runs out, it does so early.
     rows = sorted(pack(examples, model.config.max_seq_len), key=len, reverse=True)
     with tqdm(total=len(rows), disable=not show_progress, unit="row") as progress:
-        while rows:
+        while rows and not is_stopped():
             batch = rows[: max(1, batch_tokens // len(rows[0]))]
             batch = [row for row in batch if len(row) >= 0.9 * len(batch[0])]  # shorter rows wait: too much padding
             rows = rows[len(batch) :]
@@ -238,14 +244,15 @@ def count_correct(
     world_size: int = 1,
     batch_tokens: int = BATCH_TOKENS,
     show_progress: bool = False,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[float]:
     """Count the right choices in this process's share of the examples: every `world_size`-th, from number `rank`.
 
     Returns [right by acc, right by acc_norm, examples]. To get the accuracies, sum these over all processes, and divide
-    the first two sums by the third.
+    the first two sums by the third. If `is_stopped` has said True, they mean nothing.
     """
     share = examples[rank::world_size]
-    scores = score(model, share, batch_tokens=batch_tokens, show_progress=show_progress)
+    scores = score(model, share, batch_tokens=batch_tokens, show_progress=show_progress, is_stopped=is_stopped)
     chosen = [choose(example, log_probs) for example, log_probs in zip(share, scores, strict=True)]
     right = [sum(pair[k] == example.label for pair, example in zip(chosen, share, strict=True)) for k in (0, 1)]
     return [*map(float, right), float(len(share))]
