@@ -135,8 +135,10 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
-    def save(self, checkpoint: dict, *, is_best: bool) -> None:
+    def save(self, checkpoint: dict, *, is_best: bool, is_last: bool = False) -> None:
         """Copy the tensors of `checkpoint`, and begin to write it as `save_checkpoint` does.
+
+        An error of the last save of a run is for `finish` to raise.
 
         Raises:
             ValueError: a weight is not finite. Such a checkpoint would take the place of a healthy one.
@@ -152,17 +154,18 @@ class CheckpointSaver:
             part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoint[part].items()}
             for part in ("model", "moments")
         }
-        self._thread = threading.Thread(target=self._write, args=(checkpoint | copies, is_best), name="save")
+        self._thread = threading.Thread(target=self._write, args=(checkpoint | copies, is_best, is_last), name="save")
         self._thread.start()
 
-    def _write(self, checkpoint: dict, is_best: bool) -> None:
+    def _write(self, checkpoint: dict, is_best: bool, is_last: bool) -> None:
         try:
             save_checkpoint(self.folder, checkpoint, keep=self.keep, is_best=is_best)
             self._error = None
             print(f"step {checkpoint['step']:>6}  saved in {self.folder}", flush=True)
         except OSError as error:
             self._error = error
-            print(f"train.py: {error}; training goes on, and the next save tries again", file=sys.stderr, flush=True)
+            if not is_last:
+                print(f"train.py: {error}; training goes on, the next save tries again", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Wait until the save in progress has ended."""

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from config import rank, world_size
 from hardware import keep_freed_memory
 from threads import num_cores
-from watch import Watch
+from watch import PERIOD, Watch
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,11 @@ def end_process(process: Process, cause: str) -> None:
     """Leave the other ranks: as one that is done, or as one that has failed with a `cause`."""
     if cause:
         process.watch.fail(cause)
+        if process.is_main and process.world_size > 1 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+            time.sleep(2 * PERIOD)  # without torchrun this process hosts the store, in which the others read the cause
     process.watch.close()
     if dist.is_initialized() and not cause:
+        sum_over_processes([0.0], process)  # no rank ends while another one still needs the store
         dist.destroy_process_group()
 
 

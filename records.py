@@ -114,7 +114,20 @@ def start_tensorboard(cfg: Config, process: Process, last_step: int) -> Any:
 
 
 def recorded_at(out_dir: Path, step: int) -> set[str]:
-    return set()
+    import json as j
+
+    p = out_dir / "metrics.jsonl"
+    if not p.is_file():
+        return set()
+    found = set()
+    for line in p.read_text(errors="replace").splitlines():
+        try:
+            row = j.loads(line)
+        except ValueError:
+            continue
+        if row.get("step") == step:
+            found |= row.keys() & {"val_loss", "hellaswag_acc", "samples_end"}
+    return found
 
 
 def open_run_folder(cfg: Config, goes_on: bool) -> None:

@@ -41,6 +41,8 @@ class RunLock:
             raise FolderLocked(f"out_dir={self.folder}: {self._who()}; wait, or choose another --out_dir") from error
         except NoLocks:
             pass  # a shared file system without locks: the heartbeat decides
+        except OSError as error:
+            raise OSError(f"out_dir={self.folder}: cannot be written to ({error}); choose another --out_dir") from error
         try:
             self._refuse_living_holder()
             now = datetime.now().astimezone()

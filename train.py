@@ -251,7 +251,8 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
         if state.step != saved and (stop or saved < 0 or step == cfg.max_steps or is_due(cfg.save_every, step)):
             saved, state.best_val_loss = state.step, min(state.best_val_loss, val_loss)
             checkpoint = state.as_checkpoint(cfg, data.tokenizer.fingerprint)
-            run_on_rank_zero(partial(saver.save, checkpoint, is_best=is_best), process)
+            is_end = stop > 0 or step == cfg.max_steps
+            run_on_rank_zero(partial(saver.save, checkpoint, is_best=is_best, is_last=is_end), process)
         elif is_best and step and state.step == saved:
             state.best_val_loss = val_loss
             run_on_rank_zero(partial(mark_best, saver.folder, step), process)
@@ -292,8 +293,8 @@ def broken(step: int, done: Update, folder: Path) -> str:
     named = {f"loss on rank {rank}": loss for rank, loss in enumerate(done.losses)} | {"gradient": done.grad_norm}
     culprits = ", ".join(f"the {name} is {figure}" for name, figure in named.items() if not math.isfinite(figure))
     return (
-        f"step {step}: {culprits}, so the run stops before this update; {ways_back(folder)}; or leave such updates out "
-        "with --skip_nonfinite N"
+        f"step {step}: {culprits}, which is not finite, so the run stops before this update; {ways_back(folder)}; "
+        "--skip_nonfinite N leaves up to N such updates out"
     )
 
 
@@ -328,7 +329,7 @@ def run(cfg: Config, process: Process) -> int:
 def main() -> int:
     """Read the flags, train, and turn errors into a sentence and an exit status."""
     allow_any_text_in_output()
-    process, status, cause = None, 1, ""
+    process, status, cause, is_said = None, 1, "", False
     try:
         cfg = read_config(sys.argv[1:], ORIGINAL, SAMPLE, description=__doc__)
         process = start_process(local_device(cfg.device), cfg.timeout)
@@ -338,7 +339,7 @@ def main() -> int:
     except torch.OutOfMemoryError as error:
         cause = f"{str(error).splitlines()[0]} Halve --batch_size; the update stays the same"
     except RankZeroFailed:
-        pass  # rank zero says why
+        cause, is_said = "rank zero has failed", True  # it says why
     except KeyboardInterrupt:
         status, cause = 130, "interrupted outside of a training step; what was saved before is whole"
     except Exception as error:
@@ -349,7 +350,7 @@ def main() -> int:
             traceback.print_exc()
     # Before the process group exists, all ranks of a machine find the same error, so one of them prints it. Later a
     # rank may fail alone, so each prints its own.
-    if cause and (process or local_rank() == 0):
+    if cause and not is_said and (process or local_rank() == 0):
         print(f"train.py{f' [rank {process.rank}]' if process and process.rank else ''}: {cause}", file=sys.stderr)
     if process:
         end_process(process, cause)

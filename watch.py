@@ -163,7 +163,7 @@ class Watch(threading.Thread):
         except RuntimeError:  # torch.distributed's errors are RuntimeErrors
             # torchrun hosts the store. Its processes would train on without it, and nobody could stop them.
             self.store = None
-            if not self._closing and not self.stop:
+            if not self._closing and "ended" not in self._record and not self.stop:
                 self.stop = signal.SIGTERM
                 say(f"train.py [rank {self.rank}]: torchrun is gone, so this run saves and stops")
             return
