@@ -174,7 +174,7 @@ class Watch(threading.Thread):
                 self._others[rank], self._changed[rank] = record, now
             self.stop = self.stop or record["stop"]
         failed = self._failed(self.timeout)
-        if not failed or self._closing or "ended" in self._record:
+        if not failed or self._closing or self._record["failed"] or "ended" in self._record:
             return
         if not self._end_at:
             self._end_at = now + LAST_SECONDS
