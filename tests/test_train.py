@@ -20,13 +20,16 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from checkpoint_files import copy_checkpoint, read_checkpoint, rewrite_state, size_of
+from tiny_run import ROOT, STEPS, TOKENS_PER_STEP, TRAIN, VOCAB
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,10 +44,7 @@ from preparation import prepare
 from shards import TokenStream
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-TRAIN = ROOT / "train.py"
-STEPS, VOCAB, TOKENS_PER_STEP = 40, 512, 256
-FLOPS_PER_TOKEN = 270_336  # for the model of `flags_for`; test_model_utils.py counts it by hand
+FLOPS_PER_TOKEN = 270_336  # for the model of `tiny_flags`; test_model_utils.py counts it by hand
 
 # ---------------------------------------------------------------- helpers
 
@@ -76,64 +76,14 @@ def plain_environment():
 
 @pytest.fixture(scope="module")
 def tiny_corpus(tmp_path_factory) -> Path:
-    """Random words: about 8,100 training tokens, so that 40 steps of 256 cross from one epoch into the next."""
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(100)]
-    for i in range(5):
-        (folder / f"{i}.txt").write_text(" ".join(draw.choices(words, k=380)))
-    root = folder / "prepared"
-    files = [str(folder / f"{i}.txt") for i in range(5)]
-    manifest = prepare(files[1:], root, vocab_size=VOCAB, val_source=files[:1], show_progress=False)
-    training_tokens = manifest["shards"][1]["tokens"]
-    assert 20 * TOKENS_PER_STEP < training_tokens < STEPS * TOKENS_PER_STEP
-    return root
+    return tiny_run.tiny_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
 def flags_for(tiny_corpus, tmp_path_factory):
     """A function that returns flags, with the given changes, for a run into `out_dir` that takes a second."""
-    questions = tmp_path_factory.mktemp("questions") / "hellaswag_val.jsonl"
-    with open(questions, "w") as file:
-        for label in range(4):
-            row = {"ctx": "the cat sat", "endings": ["on a mat", "in a hat", "by a bat", "at a vat"], "label": label}
-            file.write(json.dumps(row) + "\n")
-
-    def flags(out_dir: Path, **changes) -> list[str]:
-        fields = {
-            "data_root": tiny_corpus,
-            "hellaswag_path": questions,
-            "out_dir": out_dir,
-            "model.dim": 32,
-            "model.n_layers": 2,
-            "model.n_heads": 4,
-            "model.n_kv_heads": 2,
-            "model.vocab_size": VOCAB,
-            "model.multiple_of": 32,
-            "model.max_seq_len": 32,
-            "batch_size": 2,
-            "total_batch_size": TOKENS_PER_STEP,  # 4 micro-steps on one process, 2 on two
-            "max_steps": STEPS,
-            "warmup_steps": 4,
-            "max_lr": 1e-3,
-            "device": "cpu",
-            "dtype": "float32",
-            "compile": False,
-            "val_every": 10,
-            "val_tokens": 512,
-            "hellaswag_every": 0,
-            "generate_every": 0,
-            "generate_tokens": 8,
-            "prompts": ["abc", "the "],
-            "save_every": 20,
-        }
-        fields |= {name.replace("__", "."): value for name, value in changes.items()}
-        words = []
-        for name, value in fields.items():
-            words += [f"--{name}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
-        return words
-
-    return flags
+    questions = tiny_run.write_questions(tmp_path_factory.mktemp("questions"))
+    return partial(tiny_run.tiny_flags, tiny_corpus, questions)
 
 
 def train_in_these_streams(flags: list[str]) -> int:
