@@ -102,6 +102,8 @@ def _clear_leftovers(folder: Path) -> None:
             leftover.unlink()
         else:
             shutil.rmtree(leftover)
+    for leftover in folder.glob(f".{BEST}.*.tmp"):
+        leftover.unlink()
 
 
 def mark_best(folder: Path, step: int) -> None:
