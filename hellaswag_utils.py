@@ -26,6 +26,7 @@ import codecs
 import json
 import math
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,11 +39,13 @@ from tqdm import tqdm
 
 from files import allow_any_text_in_output
 from hardware import fastest_dtype, keep_freed_memory, pick_device
+from json_files import parse_object
 from loss import token_losses
 from model import Transformer
 from model_utils import autocast, load_model
 from tokenizer import Tokenizer
 
+NUM_ENDINGS = 4
 STYLES = {"gpt2": ("ctx",), "lm-eval": ("activity_label", "ctx_a", "ctx_b")}  # a row's text fields, by style
 BATCH_TOKENS = 4096
 
@@ -69,24 +72,36 @@ def iterate_rows(path: str | Path, style: str = "gpt2") -> Iterator[dict]:
         OSError: the file cannot be read.
         ValueError: a line is not such a row. The message names the file and the line.
     """
-    with open(path, "rb") as file:  # json.loads decodes each line, so the try below also catches a decoding error
+    with open(path, "rb") as file:  # parse_object decodes each line, so the try below also catches a decoding error
         for number, line in enumerate(file, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)  # some editors write this mark
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                valid = all(isinstance(row[name], str) for name in STYLES[style]) and isinstance(row["endings"], list)
-                valid = valid and all(isinstance(ending, str) for ending in row["endings"])
-                valid = valid and int(row["label"]) in range(len(row["endings"]))
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                # OverflowError: a label of Infinity. RecursionError: lists nested deeper than the parser goes.
-                valid = False
-            if not valid:
-                needed = ", ".join((*STYLES[style], "endings", "label"))
-                raise ValueError(f"{path}, line {number}: not a row of HellaSwag ({needed}); mend the line")
+                row = parse_object(line)
+                check_row(row, style)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not a row of HellaSwag ({error}); mend the line") from error
             yield row
+
+
+def check_row(row: dict, style: str) -> None:
+    """Raises ValueError unless an object is a row of HellaSwag, with the fields that `style` reads.
+
+    An ending may be empty. The label is a whole number, or that number in a string, as in the hub's file.
+    """
+    if missing := [name for name in (*STYLES[style], "endings", "label") if name not in row]:
+        raise ValueError(f"{missing[0]} is missing")
+    endings, label = row["endings"], row["label"]
+    if not isinstance(endings, list) or len(endings) != NUM_ENDINGS:
+        raise ValueError(f"endings is {reprlib.repr(endings)}, not a list of {NUM_ENDINGS} texts")
+    for text in (*(row[name] for name in STYLES[style]), *endings):
+        if not isinstance(text, str):
+            raise ValueError(f"{reprlib.repr(text)} is not a text")
+        text.encode()  # a lone surrogate is half of a character, and a UnicodeEncodeError is a ValueError
+    if type(label) not in (int, str) or str(label) not in map(str, range(NUM_ENDINGS)):
+        raise ValueError(f"label is {reprlib.repr(label)}, not 0 to {NUM_ENDINGS - 1}")
 
 
 def render(row: dict, tokenizer: Tokenizer, style: str = "gpt2") -> Example:
