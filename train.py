@@ -259,7 +259,8 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
         # What takes longer comes after the save: torchrun kills 30 seconds after a signal.
         if "hellaswag_acc" in missing and not stop:
             row, stop = score_hellaswag(bare_model, data.examples, cfg, process)
-            records.hellaswag(step, row, hellaswag_utils.benchmark_name(cfg.hellaswag_path))
+            if row:
+                records.hellaswag(step, row, hellaswag_utils.benchmark_name(cfg.hellaswag_path))
         if "samples_end" in missing and not stop:
             row, stop = draw_samples(bare_model, data.tokenizer, cfg, process, step)
             records.samples(step, row)

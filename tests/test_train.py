@@ -15,21 +15,31 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import tiny_run
 import torch
 from checkpoint_files import copy_checkpoint, read_checkpoint, rewrite_state, size_of
-from tiny_run import ROOT, STEPS, TOKENS_PER_STEP, TRAIN, VOCAB
+from ranks import (
+    Result,
+    assert_close,
+    assert_same_bits,
+    checkpoint_of,
+    driver,
+    free_port,
+    launch,
+    noted,
+    rows_of,
+    start_rank,
+)
+from tiny_run import STEPS, TOKENS_PER_STEP, TRAIN, VOCAB
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,12 +57,6 @@ from tokenizer import Tokenizer
 FLOPS_PER_TOKEN = 270_336  # for the model of `tiny_flags`; test_model_utils.py counts it by hand
 
 # ---------------------------------------------------------------- helpers
-
-
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -107,23 +111,6 @@ def train_here(flags: list[str]) -> Result:
         status = train_in_these_streams(flags)
     return Result(status, out.getvalue(), err.getvalue())
 
-
-# Patches torch, then runs train.py as the main program. train.py does not know of the patches.
-DRIVER = """
-import os, runpy, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-RANK = int(os.environ["RANK"])
-
-def note(name, line):
-    with open(Path(__file__).with_name(f"{{name}}.{{RANK}}"), "a") as file:
-        file.write(f"{{line}}\\n")
-
-{patches}
-
-sys.argv[0] = {train!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 # Every rank notes the hash of all parameters after each update, and the sync flag at each forward pass.
 RECORD = """
@@ -210,74 +197,6 @@ class Poisoned(torch.nn.parallel.DistributedDataParallel):
 
 torch.nn.parallel.DistributedDataParallel = Poisoned
 """
-
-
-def driver(folder: Path, patches: str) -> Path:
-    folder.mkdir(parents=True)
-    path = folder / "driver.py"
-    path.write_text(DRIVER.format(root=str(ROOT), train=str(TRAIN), patches=patches))
-    return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_rank(script: Path, flags: list[str], port: int, rank: int, ranks: int, ranks_a_node: int) -> subprocess.Popen:
-    env = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    env |= {"LOCAL_RANK": str(rank % ranks_a_node), "LOCAL_WORLD_SIZE": str(ranks_a_node)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command, pipe = [sys.executable, str(script), *flags], subprocess.PIPE
-    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
-
-
-def launch(script: Path, flags: list[str], ranks: int) -> list[Result]:
-    """Start ranks with torchrun's environment, but without torchrun. This is seconds faster and shows each status."""
-    port = free_port()
-    processes = [start_rank(script, flags, port, rank, ranks, ranks_a_node=ranks) for rank in range(ranks)]
-    try:
-        outputs = [process.communicate(timeout=90) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [Result(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
-
-
-def noted(script: Path, name: str, rank: int) -> list[str]:
-    return script.with_name(f"{name}.{rank}").read_text().split()
-
-
-def rows_of(out_dir: Path, field: str = "train_loss") -> list[dict]:
-    """Rows of metrics.jsonl that hold `field`."""
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if field in row]
-
-
-def checkpoint_of(out_dir: Path, step: int) -> dict:
-    return read_checkpoint(out_dir / "checkpoints" / f"step_{step:08d}")
-
-
-def assert_same_bits(run: Path, other: Path, first_step: int, last_step: int = STEPS) -> None:
-    """The losses must be equal from first_step on, and the parameters and optimizer states at the end."""
-    for field, start in (("train_loss", first_step), ("grad_norm", first_step), ("val_loss", first_step)):
-        figures, others = (
-            {row["step"]: row[field] for row in rows_of(out_dir, field) if row["step"] >= start}
-            for out_dir in (run, other)
-        )
-        assert figures == others and last_step in figures, field
-    end, other_end = checkpoint_of(run, last_step), checkpoint_of(other, last_step)
-    assert end["model"].keys() == other_end["model"].keys()
-    for name, value in end["model"].items():
-        assert torch.equal(value, other_end["model"][name]), name
-    torch.testing.assert_close(end["moments"], other_end["moments"], rtol=0, atol=0)
-
-
-def assert_close(checkpoint: dict, other: dict) -> None:
-    assert checkpoint["model"].keys() == other["model"].keys()
-    for name, value in checkpoint["model"].items():
-        torch.testing.assert_close(value, other["model"][name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
