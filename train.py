@@ -44,6 +44,7 @@ from processes import (
     start_process,
 )
 from profiling import start_profiler
+from records import Records
 from report import write_report
 from resuming import begin, open_records
 from rows import SourceError
@@ -234,8 +235,9 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
                 state.step, stop, missing = step, done.stop, due_at(step, cfg)
                 skipped = 0 if done.is_finite else skipped + 1
                 if skipped > cfg.skip_nonfinite:
+                    run_on_rank_zero(saver.wait, process)  # the message lists what is saved
                     raise ValueError(broken(step, done, saver.folder))
-                records.training(step, seconds, row_of(done, skipped, cfg))
+                record_update(records, step, seconds, done, skipped, cfg)
                 profiler.step()
 
         # ---- along the way: what a stop signal leaves out here, the resumed run makes up
@@ -245,6 +247,7 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
             if row:
                 val_loss = row["val_loss"]
                 if not math.isfinite(val_loss):
+                    run_on_rank_zero(saver.wait, process)
                     raise ValueError(f"step {step}: the validation loss is {val_loss}; {ways_back(saver.folder)}")
                 records.validation(step, row, data.windows.shares(step))
         is_best = val_loss < state.best_val_loss
@@ -281,12 +284,17 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
     return 0
 
 
-def row_of(done: Update, skipped: int, cfg: Config) -> dict:
-    """The row of an update. JSON has no word for what is not finite, so a skipped update has neither loss nor norm."""
+def record_update(records: Records, step: int, seconds: float, done: Update, skipped: int, cfg: Config) -> None:
+    """The row of an update. One that was left out has neither loss nor norm: JSON has no word for what is not finite."""
     row = {"lr": done.lr_factor * cfg.max_lr}
     if skipped:
-        return row | {"skipped": skipped}
-    return row | {"train_loss": sum(done.losses) / len(done.losses), "grad_norm": done.grad_norm}
+        words = (
+            f"left out, because its loss or gradient is not finite: {skipped} in a row of at most {cfg.skip_nonfinite}"
+        )
+        records.write(step, row | {"skipped": skipped}, words)
+    else:
+        row = {"train_loss": sum(done.losses) / len(done.losses)} | row | {"grad_norm": done.grad_norm}
+        records.training(step, seconds, row)
 
 
 def broken(step: int, done: Update, folder: Path) -> str:

@@ -112,8 +112,10 @@ class Watch(threading.Thread):
     def failures(self, seconds: float) -> str:
         """Which other ranks have failed or fallen silent; waits `seconds` at most for the news. Else where all are."""
         deadline = time.monotonic() + seconds
-        while not (found := self._failed(silence=3 * PERIOD)) and time.monotonic() < deadline:
+        while not (found := self._failed(self.timeout)) and time.monotonic() < deadline:
             time.sleep(0.1)
+        self._kill_silent_ranks()
+        found = found or self._failed(3 * PERIOD)
         at = [f"rank {rank} is at {record['at']}" for rank, record in sorted(self._others.items())]
         return "; ".join(found or at)
 

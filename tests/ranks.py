@@ -115,7 +115,7 @@ def assert_close(checkpoint: dict, other: dict) -> None:
 class Ranks:
     """Ranks of a script, started without torchrun, so that each status shows; or with torchrun.
 
-    The `with` block kills what is left at its end. The output goes to files beside the script: `out.0`, `err.0`, and so on.
+    The `with` block kills what is left at its end. The output goes to files beside the script: `out.0`, `err.0`.
     """
 
     def __init__(self, script: Path, flags: list[str], ranks: int, *, torchrun: bool = False, extra: list[str] = ()):

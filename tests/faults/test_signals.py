@@ -1,4 +1,4 @@
-"""A stop signal at any moment of a run of two ranks: all save and end with its status, and the resumed run is the whole.
+"""A stop signal at any moment of a run of two ranks: both save, both end with its status, and the resumed run is whole.
 
 The short form has each moment once, with each signal, to one rank or to both. The long form has all combinations.
 """

@@ -1,0 +1,417 @@
+"""Ranks that fail, fall silent, differ or share a folder: all end soon, the culprit is named, no process is left."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from ranks import Ranks, checkpoint_of, driver, is_running, rows_of, wait_until
+from tiny_run import STEPS, plain_environment, start_run, tiny_corpus, tiny_flags, write_questions
+
+import run_lock
+
+pytestmark = pytest.mark.faults
+
+HEAD = 'import time, torch\nnote("pid", os.getpid())\n'
+
+# Update 13 of one rank raises, or lasts.
+AT_13 = """
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+updates = 0
+def disturb(*args):
+    global updates
+    updates += 1
+    if updates == 13 and RANK == {rank}:
+        note("now", 13)
+        {what}
+register_optimizer_step_pre_hook(disturb)
+"""
+
+# A rank's loss or gradient is not a number from its 7th forward pass: two micro-steps a step, so in step 4.
+POISONED = """
+class Poisoned(torch.nn.parallel.DistributedDataParallel):
+    passes = 0
+    def forward(self, *args, **kwargs):
+        self.passes += 1
+        loss = super().forward(*args, **kwargs)
+        if RANK == 1 and {passes}:
+            loss = {loss}
+        return loss
+torch.nn.parallel.DistributedDataParallel = Poisoned
+"""
+
+# Reads the batches in two worker processes on a CPU too.
+WITH_WORKERS = """
+import torch.utils.data, dataloaders
+class Loader(torch.utils.data.DataLoader):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs | {"num_workers": 2, "prefetch_factor": 4})
+dataloaders.DataLoader = Loader
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return tiny_corpus(folder), write_questions(folder)
+
+
+@pytest.fixture
+def flags(data, tmp_path):
+    """A function that returns the flags of a run into `tmp_path/run`."""
+    return lambda **changes: tiny_flags(*data, tmp_path / "run", **{"val_every": 0, "save_every": 10} | changes)
+
+
+def assert_all_gone(pids: list[int]) -> None:
+    wait_until(lambda: not any(map(is_running, pids)), 10)
+
+
+# ---------------------------------------------------------------- one rank fails, or falls silent
+
+
+@pytest.mark.parametrize(("rank", "torchrun"), [(0, False), (1, False), (1, True)])
+def test_one_rank_raises(flags, tmp_path, rank, torchrun):
+    """The other one is in a collective. Both end, and the cause is named."""
+    script = driver(tmp_path / "driver", HEAD + AT_13.format(rank=rank, what="raise RuntimeError('it broke')"))
+    with Ranks(script, flags(timeout=30), 2, torchrun=torchrun) as ranks:
+        pids = ranks.pids()
+        ranks.marked("now", rank)
+        everybody, began = ranks.everybody(), time.monotonic()
+        statuses = ranks.wait(35)
+        assert time.monotonic() - began < 15
+        assert all(statuses)
+        err = ranks.text("err") + ranks.text("err", 1)
+        assert "RuntimeError: it broke" in err and "Traceback" in err
+        if not torchrun:  # torchrun may end the other one before it can say something
+            assert f"rank {rank} has failed at step 13" in err
+        assert_all_gone(pids + everybody)
+    assert checkpoint_of(tmp_path / "run", 10)["step"] == 10
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_is_stopped(flags, tmp_path, rank):
+    """SIGSTOP, as a machine that hangs: no connection is closed. torchrun itself would wait for 30 s more."""
+    script = driver(tmp_path / "driver", HEAD + AT_13.format(rank=rank, what="time.sleep(1)"))
+    with Ranks(script, flags(timeout=5), 2, torchrun=True) as ranks:
+        pids = ranks.pids()
+        ranks.marked("now", rank)
+        everybody, began = ranks.everybody(), time.monotonic()
+        os.kill(pids[rank], signal.SIGSTOP)
+        assert ranks.wait(30) == [1]
+        assert time.monotonic() - began < 5 + 5 + 5  # torchrun itself takes a while
+        err = ranks.text("err")
+        assert f"rank {rank} (process {pids[rank]} on {socket.gethostname()}, at step 13" in err
+        assert "given no sign of life" in err or "Timed out" in err
+        assert_all_gone(pids + everybody)
+
+
+def test_rank_zeros_long_work_does_not_count(flags, tmp_path):
+    """Samples and a save that take longer than `timeout`, while the other rank waits."""
+    slow = """
+import sampling, checkpoints
+real, real_save = sampling.sample_next, checkpoints.save_checkpoint
+def slow(*args):
+    time.sleep(0.5)
+    return real(*args)
+def slow_save(*args, **kwargs):
+    time.sleep(8)
+    return real_save(*args, **kwargs)
+sampling.sample_next, checkpoints.save_checkpoint = slow, slow_save
+"""
+    fields = {"timeout": 4, "generate_every": 2, "max_steps": 2, "generate_tokens": 14}
+    with Ranks(driver(tmp_path / "driver", HEAD + slow), flags(**fields), 2) as ranks:
+        assert ranks.wait(90) == [0, 0], ranks.text("err", 1)
+
+
+@pytest.mark.parametrize("what", ["raises", "worker raises", "worker is killed"])
+def test_loader_workers_end_with_the_run(flags, tmp_path, what):
+    """They ignore stop signals, so nothing but their parent ends them."""
+    disturb = {
+        "raises": AT_13.format(rank=0, what="raise RuntimeError('it broke')"),
+        "worker raises": """
+real = dataloaders.TrainWindows.__getitem__
+def broken(self, micro_step):
+    if micro_step == 50:
+        raise RuntimeError("it broke")
+    return real(self, micro_step)
+dataloaders.TrainWindows.__getitem__ = broken
+""",
+        "worker is killed": """
+real = dataloaders.TrainWindows.__getitem__
+def killed(self, micro_step):
+    if micro_step == 50:
+        os.kill(os.getpid(), 9)
+    return real(self, micro_step)
+dataloaders.TrainWindows.__getitem__ = killed
+""",
+    }
+    script = driver(tmp_path / "driver", HEAD + WITH_WORKERS + disturb[what])
+    with Ranks(script, flags(), 1) as ranks:
+        wait_until(lambda: len(ranks.everybody()) >= 3 or ranks.ended())
+        everybody = ranks.everybody()
+        assert ranks.wait(60) == [1]
+        assert "it broke" in ranks.text("err") or "is killed by signal" in ranks.text("err"), ranks.text("err")
+        assert_all_gone(everybody)
+
+
+def test_loader_workers_serve_the_last_step_after_ctrl_c(flags, tmp_path):
+    """A terminal sends Ctrl-C to all processes of its group."""
+    script = driver(tmp_path / "driver", HEAD + WITH_WORKERS + AT_13.format(rank=0, what="time.sleep(2)"))
+    with Ranks(script, flags(), 1) as ranks:
+        ranks.marked("now", 0)
+        everybody = ranks.everybody()
+        assert len(everybody) >= 3
+        os.killpg(ranks.processes[0].pid, signal.SIGINT)
+        assert ranks.wait(20) == [130], ranks.text("err")
+        assert not ranks.text("err")
+        assert_all_gone(everybody)
+    assert checkpoint_of(tmp_path / "run", 13)["step"] == 13
+
+
+# ---------------------------------------------------------------- not a number
+
+
+def health(out_dir: Path) -> list[str]:
+    """The checkpoints of a run, all of whose weights are finite."""
+    paths = sorted((out_dir / "checkpoints").glob("step_*"))
+    for path in paths:
+        weights = checkpoint_of(out_dir, int(path.name[5:]))["model"].values()
+        assert all(weight.isfinite().all() for weight in weights)
+    return [path.name for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ('loss * float("nan")', "the loss on rank 1 is nan"),
+        ('loss * float("inf")', "the loss on rank 1 is inf"),
+        ("loss + (loss * 0 - loss.detach() * 0).sqrt() * 1", "the gradient is nan"),  # the root of 0 has no slope
+    ],
+)
+def test_a_number_that_is_not_finite_on_one_rank_stops_both_before_the_update(flags, tmp_path, loss, words):
+    script = driver(tmp_path / "driver", HEAD + POISONED.format(passes="self.passes >= 7", loss=loss))
+    with Ranks(script, flags(max_steps=9, save_every=1, keep_checkpoints=2), 2) as ranks:
+        assert ranks.wait(60) == [1, 1]
+        for rank in (0, 1):
+            err = ranks.text("err", rank)
+            assert "step 4: " in err and words in err and "step_00000002, " in err.replace("/", " ") + ", "
+            assert "--resume PATH" in err and "--max_lr" in err and "--skip_nonfinite" in err
+    assert health(tmp_path / "run") == ["step_00000002", "step_00000003"]
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_such_updates_may_be_left_out(flags, tmp_path):
+    """Passes 7 to 10 are those of steps 4 and 5."""
+    script = driver(
+        tmp_path / "driver", HEAD + POISONED.format(passes="7 <= self.passes <= 10", loss='loss * float("nan")')
+    )
+    with Ranks(script, flags(max_steps=9, skip_nonfinite=2), 2) as ranks:
+        assert ranks.wait(60) == [0, 0], ranks.text("err")
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 6, 7, 8, 9]
+    assert [(row["step"], row["skipped"]) for row in rows_of(tmp_path / "run", "skipped")] == [(4, 1), (5, 2)]
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "run")
+    with Ranks(script, flags(max_steps=9, skip_nonfinite=1), 2) as ranks:
+        assert ranks.wait(60) == [1, 1]
+        assert "step 5: the loss on rank 1 is nan" in ranks.text("err")
+
+
+def test_a_rate_that_blows_up_before_the_number_shows(flags, tmp_path):
+    """The checkpoints of the last steps may be spoilt. The message names older ones, and the best one is among them."""
+    fields = {"max_steps": 30, "save_every": 1, "keep_checkpoints": 2, "val_every": 2, "warmup_steps": 0}
+    blow_up = """
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+updates = 0
+def blow_up(optimizer, *args):
+    global updates
+    updates += 1
+    for group in optimizer.param_groups:
+        if updates >= 9:
+            group["lr"] = 1e12
+register_optimizer_step_pre_hook(blow_up)
+"""
+    process = start_run(
+        flags(**fields), script=driver(tmp_path / "driver", "RANK = 0\n" + blow_up), env=plain_environment(RANK="0")
+    )
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and b"Traceback" not in err, (out, err)
+    assert b"is not finite" in err and b"(best)" in err and b"go on from an older one with --resume PATH" in err
+    names = health(tmp_path / "run")
+    best = (tmp_path / "run/checkpoints/best").read_text().strip()
+    assert best in names and int(best[5:]) <= 8
+    # The cure that it names works.
+    path = tmp_path / "run/checkpoints" / best
+    process = start_run([*flags(**fields), "--resume", str(path), "--max_lr", "1e-4", "--allow_config_change"])
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert {row["step"] for row in rows_of(tmp_path / "run")} == set(range(1, 31))
+    assert {path.name for path in (tmp_path / "run/checkpoints/aside").iterdir()} == set(names) - {best}
+
+
+# ---------------------------------------------------------------- ranks that differ
+
+
+def other_corpus(data: tuple[Path, Path], tmp_path: Path) -> dict:
+    """Data of the same size, of which a shard's content differs."""
+    root = shutil.copytree(data[0], tmp_path / "other")
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["shards"][1]["sha256"] = "0" * 64
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return {"data_root": root}
+
+
+def other_questions(data: tuple[Path, Path], tmp_path: Path) -> dict:
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(data[1].read_text().splitlines(keepends=True)[:3]))
+    return {"hellaswag_path": path, "hellaswag_every": 10}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda *_: {"max_lr": 2e-3}, ["max_lr: 0.001 on rank 0; 0.002 on rank 1"]),
+        (lambda *_: {"seed": 7, "batch_size": 1}, ["seed: 1337 on rank 0; 7 on rank 1", "batch_size: 2 on"]),
+        (lambda *_: {"model__n_layers": 3}, ["'n_layers': 2", "'n_layers': 3"]),
+        (other_corpus, ["data_root: "]),
+        (other_questions, ["hellaswag_every: 0 on rank 0; 10 on rank 1"]),
+    ],
+    ids=["rate", "seed", "model", "data", "examples"],
+)
+def test_ranks_with_other_flags_are_refused(data, flags, tmp_path, change, words):
+    assert_refused(flags(), flags(**change(data, tmp_path)), tmp_path, words)
+
+
+def assert_refused(flags: list[str], others: list[str], tmp_path: Path, words: list[str], link: str = "") -> None:
+    """Rank 1 has the flags `others`. Both ranks say in which way they differ, before they train."""
+    script = driver(tmp_path / "driver", HEAD + f"if RANK == 1:\n    sys.argv = [sys.argv[0], *{others!r}]\n" + link)
+    with Ranks(script, flags, 2) as ranks:
+        assert ranks.wait(60) == [1, 1]
+        for rank in (0, 1):
+            assert all(word in ranks.text("err", rank) for word in words), ranks.text("err", rank)
+            assert "would train apart" in ranks.text("err", rank)
+    assert not rows_of(tmp_path / "run") if (tmp_path / "run/metrics.jsonl").exists() else True
+
+
+# Rank 1 sees other files at the same paths, as on a node without the shared storage.
+ELSEWHERE = """
+import builtins, io, pathlib
+here, there = {here!r}, {there!r}
+if RANK == 1:
+    real = io.open
+    def elsewhere(path, *args, **kwargs):
+        path = os.fspath(path) if not isinstance(path, int) else path
+        return real(there + path[len(here):] if str(path).startswith(here) else path, *args, **kwargs)
+    builtins.open = io.open = elsewhere
+"""
+
+
+def test_ranks_that_see_other_data_at_the_same_path_are_refused(data, flags, tmp_path):
+    there = other_corpus(data, tmp_path)["data_root"]
+    link = ELSEWHERE.format(here=str(data[0]), there=str(there))
+    assert_refused(flags(), flags(), tmp_path, ["training data: "], link)
+
+
+def test_ranks_that_see_other_questions_at_the_same_path_are_refused(data, flags, tmp_path):
+    there = other_questions(data, tmp_path)["hellaswag_path"]
+    link = ELSEWHERE.format(here=str(data[1]), there=str(there))
+    every = flags(hellaswag_every=10)
+    assert_refused(every, every, tmp_path, ["examples: "], link)
+
+
+def test_ranks_that_see_another_checkpoint_are_refused(data, flags, tmp_path):
+    """The folder of rank 1 holds another run. Rank zero chooses the checkpoint, and rank 1 reads its own."""
+    for name, seed in (("run", 1), ("other", 2)):
+        process = start_run(tiny_flags(*data, tmp_path / name, val_every=0, save_every=10, max_steps=10, seed=seed))
+        assert process.wait(60) == 0
+    link = """
+import json, resuming
+real = resuming.TrainState.resume
+def elsewhere(self, path, cfg):
+    return real(self, path if RANK == 0 else path.parents[2] / "other/checkpoints" / path.name, cfg)
+resuming.TrainState.resume = elsewhere
+"""
+    script = driver(tmp_path / "driver", HEAD + link)
+    with Ranks(script, flags(resume=True, seed=1, allow_config_change=True), 2) as ranks:
+        assert ranks.wait(60) == [1, 1]
+        assert "seed was 2, is 1" in ranks.text("err", 1) or "run: " in ranks.text("err")
+
+
+def test_an_error_that_one_rank_alone_finds_is_printed_there(data, flags, tmp_path):
+    """The data is missing on its node."""
+    link = """
+import shards
+real = shards.read_manifest
+def missing(folder, *args):
+    if RANK == 1:
+        raise FileNotFoundError(f"{folder}/manifest.json: not found")
+    return real(folder, *args)
+shards.read_manifest = missing
+"""
+    with Ranks(driver(tmp_path / "driver", HEAD + link), flags(), 2) as ranks:
+        assert ranks.wait(60) == [1, 1]
+        assert "train.py [rank 1]: " in ranks.text("err", 1) and "manifest.json: not found" in ranks.text("err", 1)
+        assert "rank 1 has failed" in ranks.text("err")
+
+
+# ---------------------------------------------------------------- two runs, one folder
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(flags, tmp_path):
+    first = Ranks(driver(tmp_path / "driver", HEAD + AT_13.format(rank=0, what="time.sleep(8)")), flags(), 1)
+    with first:
+        first.marked("now", 0)
+        for more in ([], ["--resume", "True"]):
+            process = start_run([*flags(), *more])
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 1
+            pid, host = first.processes[0].pid, socket.gethostname()
+            assert f"another run is in there, process {pid} on {host}, since 20" in err.decode(), (out, err)
+        assert first.wait(60) == [0]
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, STEPS + 1))
+    assert not list(tmp_path.glob("run.*")) and not (tmp_path / "run/.lock").exists()
+    assert not (tmp_path / "run/.holder.json").exists()
+
+
+def test_the_lock_of_a_run_that_died_on_this_machine_is_taken_over_at_once(flags, tmp_path):
+    script = driver(tmp_path / "driver", HEAD + AT_13.format(rank=0, what="time.sleep(60)"))
+    with Ranks(script, flags(), 1) as ranks:
+        ranks.marked("now", 0)
+    assert (tmp_path / "run/.holder.json").exists()
+    process = start_run([*flags(), "--resume", "True"])
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, (out, err)
+
+
+@pytest.mark.parametrize(("age", "refused"), [(10, True), (280, True), (310, False)])
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+def test_a_run_of_another_machine_holds_the_folder_while_its_heart_beats(tmp_path, monkeypatch, age, refused, locks):
+    """The file system may tell nothing of that machine's locks, or have none at all."""
+    if not locks:
+
+        def no_locks(folder):
+            raise run_lock.NoLocks("no locks")
+
+        monkeypatch.setattr(run_lock, "lock_folder", no_locks)
+    content = {"host": "node7", "machine": "another", "pid": 4711, "since": "2026-01-01T00:00:00+00:00"}
+    holder = tmp_path / ".holder.json"
+    holder.write_text(json.dumps(content))
+    os.utime(holder, (time.time() - age,) * 2)
+    lock = run_lock.RunLock(tmp_path)
+    if refused:
+        with pytest.raises(run_lock.FolderLocked, match=r"process 4711 on node7, since 2026-01-01.* sign of life is"):
+            lock.acquire()
+        assert json.loads(holder.read_text()) == content
+        assert {path.name for path in tmp_path.iterdir()} == {".holder.json"}
+        return
+    lock.acquire()
+    assert json.loads(holder.read_text())["pid"] == os.getpid()
+    os.utime(holder, (1, 1))
+    monkeypatch.setattr(run_lock, "BEAT", 0)
+    lock.beat()
+    assert time.time() - holder.stat().st_mtime < 60
+    lock.release()
+    assert not list(tmp_path.iterdir())
