@@ -285,7 +285,7 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
 
 
 def record_update(records: Records, step: int, seconds: float, done: Update, skipped: int, cfg: Config) -> None:
-    """The row of an update. One that was left out has neither loss nor norm: JSON has no word for what is not finite."""
+    """The row of an update. One that was left out has neither loss nor norm: JSON has no word for NaN."""
     row = {"lr": done.lr_factor * cfg.max_lr}
     if skipped:
         words = (
