@@ -212,7 +212,7 @@ def path_errors(cfg: Config) -> list[str]:
     if cfg.out_dir:  # "" is refused with the values
         if cause := folder_error(Path(cfg.out_dir) / "checkpoints"):
             errors.append(f"out_dir={shown(cfg.out_dir)}: cannot be written to ({cause}); choose another --out_dir")
-        if held := next(held_by(cfg), None):
+        elif held := next(held_by(cfg), None):
             errors.append(
                 f"out_dir={shown(cfg.out_dir)}: {held} is in it, and a new run moves an earlier one aside, with all "
                 "that is in the folder; choose another --out_dir"
@@ -281,14 +281,20 @@ def with_model_of(cfg: Config, given: set[str]) -> tuple[Config, list[str]]:
     return replace(cfg, model=replace(model, max_seq_len=length)), errors
 
 
-def unprepared(data_root: str | tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """The folders of `data_root` that are not prepared, and a sentence if it names no folders at all."""
+def data_errors(data_root: str | tuple[str, ...]) -> list[str]:
+    """A sentence for each folder of `data_root` that is not prepared, or for a mixture that cannot be."""
     if "" in (data_root, *data_root):
-        return [], [f"data_root={data_root}: a folder has no name; give one that load_fineweb_dataset.py has prepared"]
+        return [f"data_root={data_root}: a folder has no name; give one that load_fineweb_dataset.py has prepared"]
+    errors = []
     try:
-        return [folder for folder in folder_quotas(data_root) if not is_prepared(folder)], []
-    except (ValueError, OSError) as error:
-        return [], [str(error)]
+        for folder in folder_quotas(data_root):
+            with suppress(OSError):  # no folder has such a name, or it is not for us to read
+                if is_prepared(folder):
+                    continue
+            errors.append(f"data_root={shown(folder)}: not a prepared folder; load_fineweb_dataset.py makes one")
+    except ValueError as error:
+        errors.append(str(error))
+    return errors
 
 
 def read_config(args: list[str], original: Config, sample: Config, description: str | None = None) -> Config:
@@ -302,14 +308,15 @@ def read_config(args: list[str], original: Config, sample: Config, description: 
     given = {flag.name for flag in flags}
     (cfg, small), wrong = read_flags(flags, [original, sample], description)
     errors, notes = [], []
-    missing, found = unprepared(cfg.data_root) if "data_root" not in wrong else ([], [])
-    errors += found
-    if missing and "data_root" in given:
-        errors += [f"data_root={m}: not a prepared folder; load_fineweb_dataset.py makes one" for m in missing]
-    elif missing:
-        notes.append(f"{cfg.data_root} is not prepared: `python load_fineweb_dataset.py` prepares 10 billion tokens.")
-        notes.append("Training the sample configuration instead: a small Llama 3 on the Python standard library.")
-        cfg = small
+    if found := data_errors(cfg.data_root) if "data_root" not in wrong else []:
+        if "data_root" in given:
+            errors += found
+        else:
+            notes.append(
+                f"{cfg.data_root} is not prepared: `python load_fineweb_dataset.py` prepares 10 billion tokens."
+            )
+            notes.append("Training the sample configuration instead: a small Llama 3 on the Python standard library.")
+            cfg = small
     written = cfg is small and cfg.hellaswag_path == sample.hellaswag_path  # train.py writes the sample's file
     if cfg.hellaswag_every and not written and not os.path.isfile(cfg.hellaswag_path):
         cure = "`python load_hellaswag_dataset.py` fetches HellaSwag; --hellaswag_every 0 goes without"

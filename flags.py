@@ -119,7 +119,9 @@ def unknown(flag: Flag, types: dict[str, Any]) -> str:
         return f"{shown(' '.join(flag.words))}: belongs to no flag; write --FIELD VALUE"
     known = {name.rpartition(".")[2]: name for name in types} | {name: name for name in types}
     nearest = get_close_matches(flag.name.lower(), known, n=1)
-    cure = f"did you mean --{known[nearest[0]]}?" if nearest else "`python train.py --help` lists them"
+    cure = "`python train.py --help` lists them; a text that begins with - goes behind =, as in --out_dir=-text"
+    if nearest:
+        cure = f"did you mean --{known[nearest[0]]}?"
     return f"{shown(' '.join(flag.words))}: no such flag; {cure}"
 
 

@@ -319,7 +319,7 @@ def model_errors(config: ModelConfig) -> list[str]:
             (
                 "ffn_dim_multiplier",
                 multiplier is None or 0 < multiplier <= 1000,
-                "must be above 0, at most 1000; None is 1",
+                "must be above 0 and at most 1000",
             ),
             ("norm_eps", 0 < c.norm_eps < 1, "must be above 0 and below 1"),
             ("rope_theta", 0 < c.rope_theta < math.inf, "must be positive, and finite"),
