@@ -18,6 +18,8 @@ import os
 import platform
 import random
 import shutil
+import sys
+import threading
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +41,6 @@ from model_folders import (
     checkpoints_in,
     load_weights,
     opened,
-    verify_checkpoint,
     write_json,
     write_model,
 )
@@ -76,25 +77,44 @@ def save_checkpoint(folder: str | Path, checkpoint: dict, *, keep: int, is_best:
             write_json(temporary / STATE, state)
             write_json(temporary / MARK, {"format_version": CHECKPOINT_FORMAT_VERSION, "files": _describe(temporary)})
         if is_best:
-            with atomic_write(folder / BEST, "w") as file:
-                file.write(path.name + "\n")
+            mark_best(folder, checkpoint["step"])
+        for old in checkpoints_in(folder)[:-keep]:
+            if old != best_in(folder):
+                os.replace(old, old.with_name(f".{old.name}.{os.getpid()}.tmp"))
+        _clear_leftovers(folder)
     except (OSError, SafetensorError) as error:
-        last = checkpoints_in(folder)
+        last, size = checkpoints_in(folder), tensor_bytes(checkpoint)
         raise OSError(
-            f"{path}: could not be written ({error}); make room or choose another --out_dir; "
+            f"{path}: could not be written ({error}); it needs {size:,} bytes, and the disk has "
+            f"{shutil.disk_usage(folder).free:,}; make room, or choose another --out_dir; "
             f"the last good checkpoint is {last[-1] if last else 'none'}"
         ) from error
-    for old in checkpoints_in(folder)[:-keep]:
-        if old != best_in(folder):
-            os.replace(old, old.with_name(f".{old.name}.{os.getpid()}.tmp"))
-    _clear_leftovers(folder)
     return path
 
 
 def _clear_leftovers(folder: Path) -> None:
     """Delete what a killed save has left, and checkpoints that are no longer kept. Both have such names."""
     for leftover in folder.glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
+        whole = folder / leftover.name.split(".")[1]
+        if ".old." in leftover.name and not whole.exists():
+            os.replace(leftover, whole)  # a save of this step again was killed between its two renames
+        elif leftover.is_symlink():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover)
+    for leftover in folder.glob(f".{BEST}.*.tmp"):
+        leftover.unlink()
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Let the file `best` name the checkpoint of `step`."""
+    with atomic_write(folder / BEST, "w") as file:
+        file.write(f"step_{step:08d}\n")
+
+
+def tensor_bytes(checkpoint: dict) -> int:
+    """The size of a checkpoint, up to a few names."""
+    return sum(tensor.nbytes for part in ("model", "moments") for tensor in checkpoint.get(part, {}).values())
 
 
 def _describe(folder: Path) -> dict[str, dict]:
@@ -103,6 +123,84 @@ def _describe(folder: Path) -> dict[str, dict]:
     return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths
     }
+
+
+class CheckpointSaver:
+    """Writes checkpoints to `folder` in the background, one at a time. Training waits for a copy in memory alone.
+
+    A save that fails (a full disk) is printed, and the next one tries again: the run in memory is worth more than its
+    end. Only when the last save of a run fails does `finish` raise. Leaving the `with` block waits for the save.
+    """
+
+    def __init__(self, folder: str | Path, keep: int):
+        self.folder, self.keep = Path(folder), keep
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def save(self, checkpoint: dict, *, is_best: bool, is_last: bool = False) -> None:
+        """Copy the tensors of `checkpoint`, and begin to write it as `save_checkpoint` does.
+
+        An error of the last save of a run is for `finish` to raise.
+
+        Raises:
+            ValueError: a weight is not finite. Such a checkpoint would take the place of a healthy one.
+        """
+        self.wait()
+        for name, weight in checkpoint["model"].items():
+            if not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"step {checkpoint['step']}: {name} holds numbers that are not finite, so it is not saved; "
+                    + ways_back(self.folder)
+                )
+        copies = {
+            part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoint[part].items()}
+            for part in ("model", "moments")
+        }
+        self._thread = threading.Thread(target=self._write, args=(checkpoint | copies, is_best, is_last), name="save")
+        self._thread.start()
+
+    def _write(self, checkpoint: dict, is_best: bool, is_last: bool) -> None:
+        try:
+            save_checkpoint(self.folder, checkpoint, keep=self.keep, is_best=is_best)
+            self._error = None
+            print(f"step {checkpoint['step']:>6}  saved in {self.folder}", flush=True)
+        except OSError as error:
+            self._error = error
+            if not is_last:
+                print(f"train.py: {error}; training goes on, the next save tries again", file=sys.stderr, flush=True)
+
+    def wait(self) -> None:
+        """Wait until the save in progress has ended."""
+        if self._thread:
+            self._thread.join()
+
+    def finish(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+            OSError: it failed.
+        """
+        self.wait()
+        if self._error:
+            raise self._error
+
+    def __enter__(self) -> "CheckpointSaver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+
+def ways_back(folder: Path) -> str:
+    """The checkpoints of a run, newest first, and how to go on from an older one, for the message of a broken run."""
+    there, best = checkpoints_in(folder)[::-1], best_in(folder)
+    if not there:
+        return "there is no checkpoint; start again with a lower max_lr"
+    names = ", ".join(f"{path}{' (best)' if path == best else ''}" for path in there)
+    return (
+        f"checkpoints, newest first: {names}. Where the loss had risen for a while, the newest may be spoilt too: go "
+        "on from an older one with --resume PATH, a lower --max_lr and --allow_config_change"
+    )
 
 
 # ---------------------------------------------------------------- the state of a run
@@ -141,9 +239,8 @@ class TrainState:
         """
         if self.step >= cfg.max_steps:
             return
-        saves = math.ceil(cfg.max_steps / cfg.save_every) - self.step // cfg.save_every if cfg.save_every else 1
         there = len(checkpoints_in(folder)) if self.step else 0  # if this run is new, an older run is moved aside
-        count = max(1, min(saves, cfg.keep_checkpoints + 2 - there))
+        count = max(1, checkpoints_at_once(cfg, self.step) - there)
         try:
             check_free_space([(folder, count * checkpoint_bytes(self.model, self.optimizers))])
         except OSError as error:
@@ -152,22 +249,24 @@ class TrainState:
                 "--keep_checkpoints, or choose another --out_dir"
             ) from error
 
-    def resume(self, path: Path, cfg: Config) -> None:
-        """Take up the run that saved the checkpoint at `path`.
+    def resume(self, path: Path, cfg: Config) -> dict[str, list]:
+        """Take up the run that saved the checkpoint at `path`. `resuming.find_start` has verified it.
+
+        Returns the fields of its configuration that differ and change the result: the old value and the new one.
 
         Raises:
-            ValueError: the checkpoint is damaged, or it holds no run, or a run with another model, optimizer, masking
-                or order of data.
+            ValueError: the checkpoint holds no run, or a run with another model, optimizer or order of data; or fields
+                differ and `cfg` does not allow that.
         """
-        verify_checkpoint(path, training_state=True)
         state = read_state(path)
-        check_run(path, state, config_as_dict(cfg))
+        changes = check_run(path, state, cfg)
         self.windows.check_state(state["data"])
         load_weights(path, self.model)
         load_moments(path, self.model, self.optimizers)
         restore_random_state(state["random_state"])
         best = state["best_val_loss"]
         self.step, self.best_val_loss, self.run_id = state["step"], math.inf if best is None else best, state["run_id"]
+        return changes
 
 
 def read_state(path: Path) -> dict:
@@ -222,19 +321,49 @@ def checkpoint_bytes(model: Transformer, optimizers: list[torch.optim.Optimizer]
     return sum(sizes)
 
 
-def check_run(path: Path, state: dict, config: dict) -> None:
-    """Raises ValueError unless a run with the configuration `config` can go on from a checkpoint with this state."""
+def checkpoints_at_once(cfg: Config, step: int = 0) -> int:
+    """The most checkpoints that a run has on the disk after `step`: the newest ones, the best one, and the next one
+    while it is written."""
+    saves = math.ceil(cfg.max_steps / cfg.save_every) - step // cfg.save_every if cfg.save_every else 1
+    return min(saves, cfg.keep_checkpoints + 2)
+
+
+# What a resumed run may change at will. None of it changes the parameters that come out, up to rounding.
+FREE = {"out_dir", "hellaswag_path", "batch_size", "device", "compile", "timeout", "log_every", "val_every"}
+FREE |= {"hellaswag_every", "hellaswag_limit", "generate_every", "save_every", "keep_checkpoints", "profile", "resume"}
+FREE |= {"skip_nonfinite", "init_from", "prompts", "generate_tokens", "temperature", "top_p", "wandb_project"}
+FREE |= {"wandb_artifact", "tensorboard"}
+FREE |= {"data_root"}  # a folder may have moved: the windows compare what is in it
+
+
+def check_run(path: Path, state: dict, cfg: Config) -> dict[str, list]:
+    """Compare the run in a checkpoint with the one that is to go on from it.
+
+    Returns the fields that differ and change the result: the old value and the new one.
+
+    Raises:
+        ValueError: the checkpoint holds no run; or fields differ that must not, or not without `allow_config_change`.
+    """
     parts = {"step", "config", "data", "random_state", "best_val_loss", "run_id"}
     missing = parts - state.keys() | ({"optimizer"} if not (path / MOMENTS).is_file() else set())
     if missing:
         raise ValueError(f"{path}: holds a model but no run to resume ({', '.join(sorted(missing))} missing)")
-    was = state["config"]
-    different = [f"{k} was {was[k]}, is {config[k]}" for k in ("optimizer", "document_mask") if was[k] != config[k]]
-    different += [
-        f"model.{k} was {was['model'].get(k)}, is {v}" for k, v in config["model"].items() if was["model"].get(k) != v
-    ]
-    if different:
-        raise ValueError(f"{path}: cannot go on with another run's settings: {'; '.join(different)}; restore these")
+    was, now = flat(state["config"]), flat(config_as_dict(cfg))
+    changes = {k: [was[k], v] for k, v in now.items() if k in was and was[k] != v and k not in FREE}
+    lines = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items()]
+    if any(name == "optimizer" or name.startswith("model.") for name in changes):
+        raise ValueError(f"{path}: cannot go on with another run's settings: {'; '.join(lines)}; restore these")
+    if changes and not cfg.allow_config_change:
+        raise ValueError(
+            f"{path}: the run had other settings, which change its result: {'; '.join(lines)}; restore these, or pass "
+            "--allow_config_change to go on with the new ones"
+        )
+    return changes
+
+
+def flat(config: dict) -> dict:
+    """`config` with the fields of the model beside the others, as `model.dim`."""
+    return {k: v for k, v in config.items() if k != "model"} | {f"model.{k}": v for k, v in config["model"].items()}
 
 
 def random_state() -> dict:

@@ -10,35 +10,36 @@ This is the only script that reads one: `weights_only=True` refuses code, and th
 """
 
 import argparse
-import json
 import math
+import reprlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from checkpoints import read_state
+from checkpoints import STATE, read_state
 from files import allow_any_text_in_output, atomic_folder
-from layouts import meta_params
-from model import ModelConfig, Transformer, model_errors
+from json_files import read_object
+from layouts import check_shapes, checked_config, meta_params
+from model import ModelConfig, Transformer
 from model_folders import find_checkpoint, read_model, verify_checkpoint, write_json, write_model
-from tokenizer import VOCAB_SIZES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps")
 PARAMS += ("rope_theta",)
 
 
-def load(checkpoint: str) -> tuple[Transformer, Path]:
-    """The model of a checkpoint, and the folder that it was in."""
+def load(checkpoint: str) -> tuple[Transformer, dict, Path]:
+    """The model of a checkpoint, the `config.json` of its folder, and the folder."""
     path = find_checkpoint(checkpoint)
     verify_checkpoint(path, training_state=False)
-    return read_model(path)[0], path
+    return *read_model(path), path
 
 
 def to_hf(checkpoint: str, out: Path, dtype: torch.dtype) -> None:
     """Write the model of a checkpoint into `out`: weights, configuration, tokenizer, model card."""
-    model, path = load(checkpoint)
+    model, _, path = load(checkpoint)
     with atomic_folder(out) as folder:
         write_model(folder, dict(model.named_parameters()), model.config, dtype)
         (folder / "README.md").write_text(model_card(model, path), encoding="utf-8")
@@ -57,25 +58,28 @@ def model_card(model: Transformer, path: Path) -> str:
         f"{c.n_kv_heads} key/value heads, {c.vocab_size:,} ids of Llama 3's tokenizer, {c.max_seq_len:,} positions. It "
         "continues texts; it has not been taught to follow instructions.",
     ]
-    state = read_state(path)
-    if state:
-        config = state["config"]
-        tokens = state["step"] * config["total_batch_size"]
-        lines += [
-            "",
-            f"Trained for {state['step']:,} steps of {config['total_batch_size']:,} tokens: {tokens:,} tokens.",
-        ]
-        if state["best_val_loss"] is not None:
-            lines += [f"Lowest validation loss: {state['best_val_loss']:.4f} nats a token."]
+    if state := read_state(path):
+        try:
+            lines += ["", *run_lines(state["step"], state["config"]["total_batch_size"], state["best_val_loss"])]
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path / STATE}: not the state of a run; use another checkpoint") from error
         lines += ["", "Built with Meta Llama 3: the tokenizer is under the Llama 3 Community License."]
     return "\n".join(lines) + "\n"
 
 
+def run_lines(step: int, batch_tokens: int, loss: float | None) -> list[str]:
+    """How long a run was, and how good. Raises ValueError or TypeError if these are not numbers."""
+    lines = [f"Trained for {step:,} steps of {batch_tokens:,} tokens: {step * batch_tokens:,} tokens."]
+    return lines if loss is None else [*lines, f"Lowest validation loss: {loss:.4f} nats a token."]
+
+
 def to_meta(checkpoint: str, out: Path) -> None:
     """Write `consolidated.00.pth` and `params.json`, in the dtype in which the weights lie on the disk."""
-    model, path = load(checkpoint)
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    dtype = DTYPES[settings.get("dtype") or settings.get("torch_dtype") or "float32"]
+    model, settings, path = load(checkpoint)
+    name = settings.get("dtype") or settings.get("torch_dtype") or "float32"
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"{path / 'config.json'}: dtype is {reprlib.repr(name)}, not one of {', '.join(DTYPES)}")
+    dtype = DTYPES[name]
     weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
     with atomic_folder(out) as folder:
         torch.save(weights, folder / "consolidated.00.pth")
@@ -88,29 +92,46 @@ def from_meta(meta: Path, out: Path, rope_scale: float | None, max_seq_len: int)
     Raises:
         ValueError: the files do not make a Llama 3, or there are several of them.
     """
-    files = sorted(meta.glob("consolidated.*.pth"))
+    files = sorted(file for file in meta.glob("consolidated.*.pth") if file.is_file())
     if [file.name for file in files] != ["consolidated.00.pth"]:
         found = f"{len(files)} files consolidated.*.pth" if files else "no consolidated.00.pth"
         raise ValueError(f"{meta}: {found}; a model that Meta has divided among several GPUs cannot be read")
     config = read_params(meta / "params.json", rope_scale, max_seq_len)
+    weights = read_meta_weights(files[0])
+    output, embeddings = weights.get("output.weight"), weights.get("tok_embeddings.weight")
+    if output is None or (embeddings is not None and torch.equal(output, embeddings)):
+        config = replace(config, tie_embeddings=True)
+        weights.pop("output.weight", None)
     try:
-        weights = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
-        weights = {name: weight for name, weight in weights.items() if name != "rope.freqs"}
-    except Exception as error:  # the errors of zip, pickle and torch all mean the same to the user
-        raise ValueError(f"{files[0]}: not weights of Meta ({str(error).splitlines()[0][:120]})") from error
-    if "output.weight" not in weights or torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
-        config = ModelConfig(**{**vars(config), "tie_embeddings": True})
-    with torch.device("meta"):  # the shapes alone
-        expected = {name: tuple(weight.shape) for name, weight in Transformer(config).named_parameters()}
-    found = {
-        name: tuple(weight.shape) for name, weight in weights.items() if name in expected or name != "output.weight"
-    }
-    if wrong := sorted(set(expected.items()) ^ set(found.items())):
-        raise ValueError(
-            f"{files[0]}: does not fit params.json: {wrong[0][0]} has another shape, is missing or unknown"
-        )
+        check_shapes({name: tuple(weight.shape) for name, weight in weights.items()}, config)
+    except ValueError as error:
+        raise ValueError(f"{files[0]}: does not fit params.json: {error}") from error
     with atomic_folder(out) as folder:
         write_model(folder, weights, config, next(iter(weights.values())).dtype)
+
+
+def read_meta_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a `consolidated.00.pth`, by name, memory-mapped. No code in the file is run.
+
+    Raises:
+        ValueError: it does not hold such weights, or they have several types.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = {name: weight for name, weight in weights.items() if name != "rope.freqs"}
+    except Exception as error:  # the errors of zip, pickle and torch all mean the same to the user
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path}: not weights of Meta ({type(error).__name__}: {reason})") from error
+    for name, weight in weights.items():
+        if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
+            raise ValueError(f"{path}: not weights of Meta ({reprlib.repr(name)} is no weight)")
+        # A view repeats numbers, so it may be far larger than the file.
+        plain = weight.layout is torch.strided and weight.device.type == "cpu" and weight.is_contiguous()
+        if weight.dtype not in DTYPES.values() or not plain:
+            raise ValueError(f"{path}: {reprlib.repr(name)} is no plain matrix of {', '.join(DTYPES)}")
+    if len({weight.dtype for weight in weights.values()}) > 1:
+        raise ValueError(f"{path}: its weights have several types; give a file with one")
+    return weights
 
 
 def read_params(path: Path, rope_scale: float | None, max_seq_len: int) -> ModelConfig:
@@ -120,23 +141,17 @@ def read_params(path: Path, rope_scale: float | None, max_seq_len: int) -> Model
         ValueError: it cannot be honoured; or it says that the positions are scaled, and `rope_scale` is not given.
     """
     try:
-        params = {**json.loads(path.read_text(encoding="utf-8"))}
-        fields = {name: params[name] for name in PARAMS if name in params}
-    except (OSError, ValueError, TypeError) as error:
+        params = read_object(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
+    fields = {name: params[name] for name in PARAMS if name in params}
     if params.get("use_scaled_rope") and rope_scale is None:
         raise ValueError(f"{path}: scales its positions; pass --rope_scale 8 for Llama 3.1, or 32 for Llama 3.2")
     fields.setdefault("n_kv_heads", fields.get("n_heads"))
     try:
-        config = ModelConfig(**fields, rope_scale=rope_scale or 1.0, max_seq_len=max_seq_len)
-        errors = model_errors(config)
-    except TypeError as error:
+        return checked_config(fields | {"rope_scale": rope_scale or 1.0, "max_seq_len": max_seq_len})
+    except ValueError as error:
         raise ValueError(f"{path}: not the parameters of a Llama 3 ({error})") from error
-    if config.vocab_size not in VOCAB_SIZES:
-        errors.append(f"vocab_size={config.vocab_size}: must be {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]}")
-    if errors:
-        raise ValueError(f"{path}: {'; '.join(errors)}")
-    return config
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from shards import BLOCK, TokenStream
+from watch import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -196,19 +197,22 @@ class TrainWindows(Dataset):
                 num_workers=2 if on_gpu else 0,
                 prefetch_factor=4 if on_gpu else None,
                 pin_memory=on_gpu,
-                worker_init_fn=_leave_interrupts_to_parent,
+                worker_init_fn=_leave_signals_to_parent,
+                generator=torch.Generator(),  # else it would draw from torch's own, whose state a run restores
             )
         )
 
     def state(self) -> dict[str, int | list[int]]:
         """What must be the same for a resumed run to see the windows that the first run would have seen."""
         tokens, quotas = [len(stream) for stream in self.streams], [stream.quota for stream in self.streams]
+        digests = [stream.digest for stream in self.streams]
         mixture = {"training tokens": tokens, "quotas": quotas}  # by place: a folder may have moved meanwhile
         return {
             "seed": self.seed,
             "max_seq_len": self.layout.seq_len,
             "total_batch_size": self.layout.seq_len * self.layout.windows_per_step,
             **(mixture if len(tokens) > 1 else {"training tokens": tokens[0]}),
+            "digests of the shards": digests,
         }
 
     def check_state(self, saved: dict) -> None:
@@ -221,9 +225,9 @@ class TrainWindows(Dataset):
             raise ValueError(f"cannot resume with another order of the data: {'; '.join(different)}; restore these")
 
 
-def _leave_interrupts_to_parent(worker: int) -> None:
-    """Ignore Ctrl-C and torchrun's SIGTERM, which reach these processes too: the loop needs batches to end its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ignore stop signals, which may reach these processes too: the loop needs batches to end its step."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -14,16 +14,18 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from checkpoints import checkpoint_bytes
+from checkpoints import checkpoint_bytes, checkpoints_at_once
 from config import Config, config_as_dict
 from files import existing_parent
 from model import Transformer
-from model_utils import Process, place_model, sum_over_processes, wrap_model
+from model_utils import place_model, wrap_model
 from optimizers import build_optimizers
+from processes import Process, sum_over_processes
 
 MARGIN = 0.95  # share of a GPU's free memory that may be taken: the allocator leaves gaps, evaluations need some too
 MEASURED_STEPS = 3
@@ -42,7 +44,7 @@ def dry_run(cfg: Config, process: Process, update: Callable) -> int:
     optimizers = build_optimizers(model, cfg)
     process.print(table("parameters", parameters_by_part(model)))
     wrapped = wrap_model(model, optimizers, cfg, process)
-    step = partial(update, optimizers=optimizers, step=1, bos_id=0, device=process.device)
+    step = partial(measured, update, optimizers=optimizers, step=1, bos_id=0)
     weights = sum(p.nbytes for p in model.parameters())
     checkpoint = checkpoint_bytes(model, optimizers)
     parts = {"weights": weights, "gradients": weights, "moments of the optimizer": checkpoint - weights}
@@ -105,6 +107,7 @@ def try_update(step: Callable, wrapped: nn.Module, cfg: Config, process: Process
     # Several processes try alone, without DDP. If one of them ran out of memory within an all-reduce, the others would
     # wait for it for ever.
     model = wrapped.module if process.world_size > 1 else wrapped
+    step = partial(step, process=process.alone())
     saved, batches, fits = SavedTensors(model), random_batches(cfg), True
     try:
         step(model, batches=batches, cfg=cfg, accumulation=1)  # compiles
@@ -120,8 +123,15 @@ def try_update(step: Callable, wrapped: nn.Module, cfg: Config, process: Process
         gc.collect()
         if process.device.type == "cuda":
             torch.cuda.empty_cache()
-    [failed] = sum_over_processes([float(not fits)], process.device)
+    [failed] = sum_over_processes([float(not fits)], process)
     return None if failed else sum(saved.sizes.values())
+
+
+def measured(update: Callable, *args: Any, process: Process, **kwargs: Any) -> None:
+    """One update. Raises KeyboardInterrupt if a stop signal has come."""
+    update(*args, process=process, **kwargs)
+    if process.stop:
+        raise KeyboardInterrupt
 
 
 def seconds_a_step(step: Callable, wrapped: nn.Module, cfg: Config, process: Process) -> float:
@@ -136,7 +146,7 @@ def seconds_a_step(step: Callable, wrapped: nn.Module, cfg: Config, process: Pro
         seconds = []
         for _ in range(MEASURED_STEPS):
             began = time.perf_counter()
-            step(wrapped, batches=batches, cfg=cfg, accumulation=micro_steps)
+            step(wrapped, batches=batches, cfg=cfg, accumulation=micro_steps, process=process)
             if process.device.type != "cpu":
                 torch.accelerator.synchronize(process.device)
             seconds.append(time.perf_counter() - began)
@@ -197,12 +207,6 @@ def memory_free(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return (proc_bytes("/proc/meminfo", "MemAvailable") if device.type == "cpu" else None) or math.inf
-
-
-def checkpoints_at_once(cfg: Config) -> int:
-    """The most checkpoints on the disk: the newest ones, the best one, and the next one while it is written."""
-    saves = math.ceil(cfg.max_steps / cfg.save_every) if cfg.save_every else 1
-    return min(saves, cfg.keep_checkpoints + 2)
 
 
 # ---------------------------------------------------------------- the tables

@@ -1,11 +1,13 @@
 """How good the model of a run is: validation, HellaSwag and samples. Each function returns a row for the records.
 
-Every rank evaluates its share. The counts of all ranks are summed, then divided.
+Every rank evaluates its share. The counts of all ranks are summed, then divided. A stop signal ends an evaluation at
+once: then its row is empty, and the signal that all ranks have agreed on comes with it. A resumed run makes it up.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -14,7 +16,8 @@ from config import Config
 from dataloaders import BatchLayout, validation_batches
 from generate import complete
 from model import Transformer, document_positions
-from model_utils import Process, autocast, sum_over_processes
+from model_utils import autocast
+from processes import Process, agree_on_stop, run_on_rank_zero, sum_over_processes
 from shards import TokenStream
 from tokenizer import Tokenizer
 
@@ -29,7 +32,7 @@ def eager_mode(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 def validate(
     model: Transformer, streams: Sequence[TokenStream], tokenizer: Tokenizer, cfg: Config, process: Process
-) -> dict[str, float]:
+) -> tuple[dict[str, float], int]:
     """`val_loss`, the mean loss in nats a token; and `val_bpb`, the same in bits a byte of text.
 
     Bits a byte compare across vocabularies. A control token has no bytes, but its bits count.
@@ -39,41 +42,56 @@ def validate(
     sums = [0.0, 0.0, 0.0]  # nats, tokens, bytes
     with eager_mode(process.device, getattr(torch, cfg.dtype)):
         for x, y in validation_batches(streams, layout, max_tokens=cfg.val_tokens):
+            if process.stop:
+                break
             x = x.to(process.device)
             positions = document_positions(x, tokenizer.bos_id) if cfg.document_mask else None
             loss = model(x, y.to(process.device), positions=positions)
             batch = (loss.item() * y.numel(), y.numel(), byte_lengths[y].sum().item())
             sums = [a + b for a, b in zip(sums, batch, strict=True)]
-    nats, tokens, text_bytes = sum_over_processes(sums, process.device)
-    return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(1, text_bytes)}
+    nats, tokens, text_bytes = sum_over_processes(sums, process)
+    if stop := agree_on_stop(process):
+        return {}, stop
+    return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(1, text_bytes)}, 0
 
 
 def score_hellaswag(
     model: Transformer, examples: Sequence[hellaswag_utils.Example], cfg: Config, process: Process
-) -> dict[str, float]:
+) -> tuple[dict[str, float], int]:
     """`hellaswag_acc` and `hellaswag_acc_norm`, shares of right answers, and `hellaswag_examples`, their number."""
     with eager_mode(process.device, getattr(torch, cfg.dtype)):
-        counts = hellaswag_utils.count_correct(model, examples, rank=process.rank, world_size=process.world_size)
-    return hellaswag_utils.as_metrics(sum_over_processes(counts, process.device))
+        counts = hellaswag_utils.count_correct(
+            model,
+            examples,
+            rank=process.rank,
+            world_size=process.world_size,
+            is_stopped=process.is_told_to_stop,
+        )
+    counts = sum_over_processes(counts, process)
+    if stop := agree_on_stop(process):
+        return {}, stop
+    return hellaswag_utils.as_metrics(counts), 0
 
 
 def draw_samples(
     model: Transformer, tokenizer: Tokenizer, cfg: Config, process: Process, step: int
-) -> dict[str, list[str]]:
-    """`samples`: each prompt with its continuation. Rank zero alone draws them; the row of the others is empty."""
-    if not process.is_main:
-        return {}
+) -> tuple[dict[str, list[str]], int]:
+    """`samples`: each prompt with its continuation. Rank zero draws them. The others wait, and their rows are empty."""
+    draw = partial(
+        complete,
+        model,
+        tokenizer,
+        cfg.prompts,
+        max_new_tokens=cfg.generate_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        seed=cfg.seed + step,
+        is_stopped=process.is_told_to_stop,
+    )
     with eager_mode(process.device, torch.float32):
-        texts = complete(
-            model,
-            tokenizer,
-            cfg.prompts,
-            max_new_tokens=cfg.generate_tokens,
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
-            seed=cfg.seed + step,
-        )
-    return {"samples": texts}
+        texts = run_on_rank_zero(draw, process)
+    stop = agree_on_stop(process)
+    return {} if stop or not process.is_main else {"samples": texts}, stop
 
 
 if __name__ == "__main__":

@@ -104,6 +104,10 @@ class FolderLocked(Exception):
     """Another process holds the lock of a folder."""
 
 
+class NoLocks(OSError):
+    """The file system of a folder offers no locks."""
+
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # the errors of a file system that offers no locks
 
 
@@ -115,7 +119,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         FolderLocked: another process holds the lock.
-        OSError: the folder cannot be made, or its file system offers no locks.
+        NoLocks: its file system offers no locks.
+        OSError: the folder cannot be made.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +136,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 raise
             if made:  # so the lock file is our own
                 path.unlink(missing_ok=True)
-            raise OSError(
+            raise NoLocks(
                 f"{folder}: its file system offers no locks ({error}); choose another folder, on a local disk"
             ) from error
         try:

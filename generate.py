@@ -41,6 +41,7 @@ def complete(
     temperature: float,
     top_p: float,
     seed: int,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Continue each prompt. Returns prompt and continuation as one text. The same seed gives the same texts.
 
@@ -55,6 +56,7 @@ def complete(
         top_p=top_p,
         stop_tokens=tokenizer.stop_tokens,
         generator=seeded(seed, model.output.weight.device),
+        is_stopped=is_stopped,
     )
     return [tokenizer.decode(prompt[1:] + ids) for prompt, ids in zip(encoded, continuations, strict=True)]
 

@@ -26,8 +26,9 @@ import codecs
 import json
 import math
 import re
+import reprlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -38,11 +39,13 @@ from tqdm import tqdm
 
 from files import allow_any_text_in_output
 from hardware import fastest_dtype, keep_freed_memory, pick_device
+from json_files import parse_object
 from loss import token_losses
 from model import Transformer
 from model_utils import autocast, load_model
 from tokenizer import Tokenizer
 
+NUM_ENDINGS = 4
 STYLES = {"gpt2": ("ctx",), "lm-eval": ("activity_label", "ctx_a", "ctx_b")}  # a row's text fields, by style
 BATCH_TOKENS = 4096
 
@@ -69,24 +72,36 @@ def iterate_rows(path: str | Path, style: str = "gpt2") -> Iterator[dict]:
         OSError: the file cannot be read.
         ValueError: a line is not such a row. The message names the file and the line.
     """
-    with open(path, "rb") as file:  # json.loads decodes each line, so the try below also catches a decoding error
+    with open(path, "rb") as file:  # parse_object decodes each line, so the try below also catches a decoding error
         for number, line in enumerate(file, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)  # some editors write this mark
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                valid = all(isinstance(row[name], str) for name in STYLES[style]) and isinstance(row["endings"], list)
-                valid = valid and all(isinstance(ending, str) for ending in row["endings"])
-                valid = valid and int(row["label"]) in range(len(row["endings"]))
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                # OverflowError: a label of Infinity. RecursionError: lists nested deeper than the parser goes.
-                valid = False
-            if not valid:
-                needed = ", ".join((*STYLES[style], "endings", "label"))
-                raise ValueError(f"{path}, line {number}: not a row of HellaSwag ({needed}); mend the line")
+                row = parse_object(line)
+                check_row(row, style)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not a row of HellaSwag ({error}); mend the line") from error
             yield row
+
+
+def check_row(row: dict, style: str) -> None:
+    """Raises ValueError unless an object is a row of HellaSwag, with the fields that `style` reads.
+
+    An ending may be empty. The label is a whole number, or that number in a string, as in the hub's file.
+    """
+    if missing := [name for name in (*STYLES[style], "endings", "label") if name not in row]:
+        raise ValueError(f"{missing[0]} is missing")
+    endings, label = row["endings"], row["label"]
+    if not isinstance(endings, list) or len(endings) != NUM_ENDINGS:
+        raise ValueError(f"endings is {reprlib.repr(endings)}, not a list of {NUM_ENDINGS} texts")
+    for text in (*(row[name] for name in STYLES[style]), *endings):
+        if not isinstance(text, str):
+            raise ValueError(f"{reprlib.repr(text)} is not a text")
+        text.encode()  # a lone surrogate is half of a character, and a UnicodeEncodeError is a ValueError
+    if type(label) not in (int, str) or str(label) not in map(str, range(NUM_ENDINGS)):
+        raise ValueError(f"label is {reprlib.repr(label)}, not 0 to {NUM_ENDINGS - 1}")
 
 
 def render(row: dict, tokenizer: Tokenizer, style: str = "gpt2") -> Example:
@@ -198,17 +213,23 @@ def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tens
 
 @torch.inference_mode()
 def score(
-    model: Transformer, examples: Sequence[Example], *, batch_tokens: int = BATCH_TOKENS, show_progress: bool = False
+    model: Transformer,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    show_progress: bool = False,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[list[Tensor]]:
     """Log-probabilities of the tokens of each ending of each example, as float32 tensors on the CPU.
 
-    A batch has at most `batch_tokens` tokens, padding included, but at least one row.
+    A batch has at most `batch_tokens` tokens, padding included, but at least one row. Where `is_stopped` says True
+    between two batches, the rest of the scores stays empty.
     """
     scores = [[torch.empty(0)] * len(example.endings) for example in examples]
     # Rows of similar length need little padding. The longest rows come first: if memory runs out, it does so early.
     rows = sorted(pack(examples, model.config.max_seq_len), key=len, reverse=True)
     with tqdm(total=len(rows), disable=not show_progress, unit="row") as progress:
-        while rows:
+        while rows and not is_stopped():
             batch = rows[: max(1, batch_tokens // len(rows[0]))]
             batch = [row for row in batch if len(row) >= 0.9 * len(batch[0])]  # shorter rows wait: too much padding
             rows = rows[len(batch) :]
@@ -238,14 +259,15 @@ def count_correct(
     world_size: int = 1,
     batch_tokens: int = BATCH_TOKENS,
     show_progress: bool = False,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[float]:
     """Count the right choices in this process's share of the examples: every `world_size`-th, from number `rank`.
 
     Returns [right by acc, right by acc_norm, examples]. To get the accuracies, sum these over all processes, and divide
-    the first two sums by the third.
+    the first two sums by the third. If `is_stopped` has said True, they mean nothing.
     """
     share = examples[rank::world_size]
-    scores = score(model, share, batch_tokens=batch_tokens, show_progress=show_progress)
+    scores = score(model, share, batch_tokens=batch_tokens, show_progress=show_progress, is_stopped=is_stopped)
     chosen = [choose(example, log_probs) for example, log_probs in zip(share, scores, strict=True)]
     right = [sum(pair[k] == example.label for pair, example in zip(chosen, share, strict=True)) for k in (0, 1)]
     return [*map(float, right), float(len(share))]

@@ -9,12 +9,16 @@ layout, and half a head apart in Hugging Face's. References: transformers' `conv
 Shape letters: D model width, H heads of the matrix (query or key/value heads), K width of a head, V vocabulary.
 """
 
+import dataclasses
 import json
+import reprlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
+from json_files import parse_object
 from model import ModelConfig, model_errors
 from tokenizer import NUM_SPECIAL_TOKENS, SPLIT_PATTERN, VOCAB_SIZES, Tokenizer
 
@@ -40,6 +44,9 @@ ROPE_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # Llama 3.1's
+
+MOST = {"max_seq_len": 2**23}  # of a number in a file; the tables of the positions would fill the memory
+MOST_WHOLE, MOST_NUMBER = 2**31 - 1, 1e30  # of any other: no arithmetic overflows below
 
 
 # ---------------------------------------------------------------- weights
@@ -69,7 +76,70 @@ def from_hf(name: str, weight: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight of a model, by our names. With tied embeddings there is no output layer."""
+    dim, ffn_dim, kv_dim = config.dim, config.ffn_dim, config.n_kv_heads * config.head_dim
+    block = dict.fromkeys(("attention.wq", "attention.wo"), (dim, dim))
+    block |= dict.fromkeys(("attention.wk", "attention.wv"), (kv_dim, dim))
+    block |= {"feed_forward.w1": (ffn_dim, dim), "feed_forward.w3": (ffn_dim, dim), "feed_forward.w2": (dim, ffn_dim)}
+    block |= dict.fromkeys(("attention_norm", "ffn_norm"), (dim,))
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim), "norm.weight": (dim,)}
+    if not config.tie_embeddings:
+        shapes["output.weight"] = (config.vocab_size, dim)
+    return shapes | {f"layers.{i}.{name}.weight": block[name] for i in range(config.n_layers) for name in BLOCK_NAMES}
+
+
+def check_shapes(found: dict[str, tuple[int, ...]], config: ModelConfig, name_of: Callable[[str], str] = str) -> None:
+    """Compare the shapes of weights with those that a configuration asks for. No model is built.
+
+    Args:
+        name_of: turns our name of a weight into the name that `found` has for it.
+
+    Raises:
+        ValueError: a weight is missing, unknown, or has another shape. The message names it.
+    """
+    if config.n_layers * len(BLOCK_NAMES) > len(found):  # before a configuration asks for billions of layers
+        raise ValueError(f"it asks for {config.n_layers} layers, and there are {len(found)} weights")
+    expected = {name_of(name): shape for name, shape in weight_shapes(config).items()}
+    if wrong := sorted(expected.keys() ^ found.keys()):
+        raise ValueError(f"{reprlib.repr(wrong[0])} is missing or unknown")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(f"{name} has the shape {found[name]}, not {shape}")
+
+
 # ---------------------------------------------------------------- configuration
+
+
+def checked_config(values: dict[str, Any]) -> ModelConfig:
+    """The model that values from a file describe.
+
+    Raises:
+        ValueError: a value has another type than the field of this name, or is out of range. The message names both.
+    """
+    fields, wrong = {}, []
+    for field in dataclasses.fields(ModelConfig):
+        value, default = values.get(field.name, field.default), field.default
+        if isinstance(default, bool):
+            right, kind = isinstance(value, bool), "True or False"
+        elif isinstance(default, int):
+            most = MOST.get(field.name, MOST_WHOLE)
+            right, kind = type(value) is int and abs(value) <= most, f"a whole number of at most {most:,}"
+        else:
+            number = type(value) in (int, float) and abs(value) <= MOST_NUMBER  # False for NaN
+            right, kind = number or value is default is None, "a number"
+            value = float(value) if number else value
+        if not right:
+            wrong.append(f"{field.name}={reprlib.repr(value)}: must be {kind}")
+        fields[field.name] = value
+    if not wrong:
+        config = ModelConfig(**fields)
+        wrong = model_errors(config)
+    if not wrong and config.vocab_size not in VOCAB_SIZES:
+        wrong.append(f"vocab_size={config.vocab_size}: must be {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return config
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -109,43 +179,53 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: it is not a Llama 3. The message names the field.
     """
-    rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {"rope_type": "default"}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"not a Llama 3 ({name} is {reprlib.repr(config[name])}, not an object)")
+        rope |= config.get(name) or {}
     rope_type = rope.get("type", rope["rope_type"]) if rope["rope_type"] == "default" else rope["rope_type"]
     heads, dim = config.get("num_attention_heads"), config.get("hidden_size")
     required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    wrong = [f"{name} is missing" for name in required if not isinstance(config.get(name), int)]
+    wrong = [
+        f"{name} is missing" if value is None else f"{name} is {reprlib.repr(value)}, not a whole number from 1"
+        for name, value in {name: config.get(name) for name in required}.items()
+        if type(value) is not int or not 1 <= value <= MOST_WHOLE
+    ]
     expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     wrong += [
-        f"{name} is {config[name]!r}, not {due!r}" for name, due in expected.items() if config.get(name, due) != due
+        f"{name} is {reprlib.repr(config[name])}, not {due!r}"
+        for name, due in expected.items()
+        if config.get(name, due) != due
     ]
     if rope_type not in ("default", "llama3"):
-        wrong.append(f"rope_type is {rope_type!r}, not 'default' or 'llama3'")
+        wrong.append(f"rope_type is {reprlib.repr(rope_type)}, not 'default' or 'llama3'")
     if rope_type == "llama3":
         wrong += [
-            f"{name} is {rope.get(name)}, not {due}" for name, due in ROPE_SCALING.items() if rope.get(name) != due
+            f"{name} is {reprlib.repr(rope.get(name))}, not {due}"
+            for name, due in ROPE_SCALING.items()
+            if rope.get(name) != due
         ]
     if not wrong and config.get("head_dim") not in (None, dim // heads):
-        wrong.append(f"head_dim is {config['head_dim']}, not hidden_size / num_attention_heads = {dim // heads}")
-    if not wrong and config["vocab_size"] not in VOCAB_SIZES:
-        wrong.append(f"vocab_size is {config['vocab_size']}, not {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]}")
+        wrong.append(
+            f"head_dim is {reprlib.repr(config['head_dim'])}, not hidden_size / num_attention_heads = {dim // heads}"
+        )
     if wrong:
         raise ValueError(f"not a Llama 3 ({'; '.join(wrong)})")
-    found = ModelConfig(
-        dim=dim,
-        n_layers=config["num_hidden_layers"],
-        n_heads=heads,
-        n_kv_heads=config.get("num_key_value_heads") or heads,
-        vocab_size=config["vocab_size"],
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        rope_scale=float(rope["factor"]) if rope_type == "llama3" else 1.0,
-        max_seq_len=config.get("max_position_embeddings", 2048),
-        tie_embeddings=config.get("tie_word_embeddings", False),
-        **ffn_fields(dim, config["intermediate_size"]),
-    )
-    if errors := model_errors(found):
-        raise ValueError("; ".join(errors))
-    return found
+    kv_heads = config.get("num_key_value_heads")
+    values = {
+        "dim": dim,
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": heads,
+        "n_kv_heads": heads if kv_heads is None else kv_heads,
+        "vocab_size": config["vocab_size"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
+        "rope_scale": rope.get("factor") if rope_type == "llama3" else 1.0,
+        "max_seq_len": config.get("max_position_embeddings", 2048),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+    }
+    return checked_config(values | ffn_fields(dim, config["intermediate_size"]))
 
 
 def ffn_fields(dim: int, ffn_dim: int) -> dict[str, Any]:
@@ -244,8 +324,8 @@ def check_tokenizer(content: bytes, vocab_size: int) -> None:
     """Raises ValueError unless a `tokenizer.json` has the tokens of Llama 3's first `vocab_size` ids."""
     tokens = [_visible(token) for token in Tokenizer(vocab_size=vocab_size)._text_tokens]
     try:
-        vocab = json.loads(content)["model"]["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
+        vocab = parse_object(content)["model"]["vocab"]
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError("not a tokenizer that can be compared with Llama 3's") from error
     if vocab != {token: rank for rank, token in enumerate(tokens)}:
         raise ValueError("another tokenizer than Llama 3's, so the ids mean other texts")

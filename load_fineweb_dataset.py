@@ -26,10 +26,9 @@ import numpy as np
 from files import allow_any_text_in_output
 from preparation import prepare, read_mark
 from rows import ReadOptions, SourceError
-from shards import id_blocks, is_prepared, read_manifest, verify
+from shards import id_blocks, is_prepared, open_shard, read_manifest, tokenizer_of, verify
 from sources import open_source
 from threads import num_cores
-from tokenizer import Tokenizer
 
 DATA_ROOT = Path("data")
 SAMPLE_ROOT = "data/sample"
@@ -66,18 +65,18 @@ def is_mark_of(folder: Path, source_id: str) -> bool:
 
 def summary(folder: Path, manifest: dict) -> str:
     """A few lines about a prepared folder: documents and tokens of both parts, and a line of text from each."""
-    tokenizer, shards = Tokenizer(vocab_size=manifest["vocab_size"]), manifest["shards"]
-    odd_documents = manifest["odd_documents"]
+    tokenizer, shards = tokenizer_of(folder, manifest), manifest["shards"]
+    odd_documents = manifest.get("odd_documents", {})
     left_out = [f"{count:,} {kind}" for kind, count in odd_documents.items() if kind != "too long for one piece"]
     text_bytes = sum(shard["text_bytes"] for shard in shards)
     lines = [
         f"{folder}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(shards)} shards, "
-        f"{text_bytes / manifest['tokens']:.2f} bytes a token"
+        f"{text_bytes / max(1, manifest['tokens']):.2f} bytes a token"
     ]
     for split, title in (("train", "training"), ("val", "validation")):
         part = [shard for shard in shards if shard["split"] == split]
         documents, tokens = (sum(shard[key] for shard in part) for key in ("documents", "tokens"))
-        ids = np.load(folder / part[0]["file"], mmap_mode="r")[:LINE_TOKENS].tolist() if tokens else []
+        ids = open_shard(folder / part[0]["file"])[:LINE_TOKENS].tolist() if tokens else []
         text = " ".join(tokenizer.decode([i for i in ids if i < tokenizer.bos_id]).split())
         lines.append(f"  {title:<11}{documents:>12,} documents{tokens:>16,} tokens   {text[:LINE_LENGTH]}")
     if left_out:
@@ -88,7 +87,7 @@ def summary(folder: Path, manifest: dict) -> str:
 def advice(manifest: dict) -> str | None:
     """A sentence about a validation part that is too small or too large. None if it is neither."""
     tokens = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split) for split in ("train", "val")}
-    flag = "larger --val_source" if manifest["val_source"] else "larger --val_fraction, a --val_source"
+    flag = "larger --val_source" if manifest.get("val_source") else "larger --val_fraction, a --val_source"
     if tokens["val"] > tokens["train"]:
         return (
             f"{tokens['val']:,} tokens are held out and {tokens['train']:,} are left to train on: pass a "
@@ -112,12 +111,17 @@ def stats(folder: str | Path) -> str:
         FileNotFoundError, ValueError: the folder is not prepared, or a file is damaged.
     """
     folder, manifest = Path(folder), read_manifest(folder)
-    tokenizer = Tokenizer(vocab_size=manifest["vocab_size"])
+    tokenizer = tokenizer_of(folder, manifest)
     begins, position = [], 0
     for shard in manifest["shards"]:
-        for ids in id_blocks(folder / shard["file"]):
-            begins.append(np.flatnonzero(ids == tokenizer.bos_id) + position)
-            position += len(ids)
+        try:
+            for ids in id_blocks(folder / shard["file"], tokenizer.vocab_size):
+                begins.append(np.flatnonzero(ids == tokenizer.bos_id) + position)
+                position += len(ids)
+        except ValueError as error:
+            raise ValueError(f"{folder / shard['file']}: {error}; delete the folder and prepare it anew") from error
+    if not sum(map(len, begins)):
+        raise ValueError(f"{folder}: holds no document; prepare it anew")
     lengths = np.diff(np.concatenate([*begins, [position]]))
     text_bytes = sum(shard["text_bytes"] for shard in manifest["shards"])
     quantiles = zip(QUANTILES, np.quantile(lengths, QUANTILES), strict=True)
@@ -133,7 +137,7 @@ def stats(folder: str | Path) -> str:
     rng = np.random.default_rng()
     for _ in range(3):
         shard = manifest["shards"][rng.integers(len(manifest["shards"]))]
-        ids = np.load(folder / shard["file"], mmap_mode="r")
+        ids = open_shard(folder / shard["file"])
         start = int(rng.integers(max(1, len(ids) - WINDOW)))
         text = tokenizer.decode(ids[start : start + WINDOW].tolist())
         lines += ["", f"----- {shard['file']}, tokens {start:,} to {start + WINDOW:,}", text]

@@ -1,9 +1,11 @@
 """Folders that hold a model in Hugging Face's layout: written, found, verified, read. A checkpoint is such a folder.
 
-No file is a pickle, so no code in a file is run.
+No file is a pickle, so no code in a file is run. Links in the folder are followed: the cache of the Hugging Face hub
+consists of them. But a name that stands in a file means a file of the folder, so paths that lead out are refused.
 """
 
 import json
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from files import sha256_of
-from layouts import check_tokenizer, from_hf, hf_config, hf_name, model_config, to_hf, tokenizer_files
+from json_files import is_plain_name, read_object
+from layouts import check_shapes, check_tokenizer, from_hf, hf_config, hf_name, model_config, to_hf, tokenizer_files
 from model import ModelConfig, Transformer, rope_tables
 
 CHECKPOINT_FORMAT_VERSION = 2  # version 1 was a .pt file
 MARK, BEST = "checkpoint.json", "best"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9  # of weights in one file, as on the hub
+DTYPES = ("F32", "BF16", "F16")  # of weights, by safetensors' names; others are integers, or need scales
 
 
 # ---------------------------------------------------------------- found and verified
@@ -33,34 +37,61 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 
 def best_in(folder: str | Path) -> Path | None:
-    """The checkpoint that the file `best` names."""
+    """The checkpoint that the file `best` names. None if there is no such file.
+
+    Raises:
+        ValueError: it does not name a checkpoint beside it.
+    """
     path = Path(folder) / BEST
-    return Path(folder) / path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    if not path.is_file():
+        return None
+    name = path.read_bytes()[:100].decode(errors="replace").strip()
+    if not (name.startswith("step_") and is_plain_name(name)):
+        raise ValueError(f"{path}: does not name a checkpoint beside it; delete this file")
+    return Path(folder) / name
 
 
 def verify_checkpoint(path: Path, *, training_state: bool) -> None:
     """Compare the files of a checkpoint with checkpoint.json. Another program's folder has none.
 
     Raises:
-        ValueError: a file is missing or has changed; or the format is another.
+        ValueError: a file is missing or has changed; the format is another; or a name leads out of the folder.
     """
     if not (path / MARK).is_file():
         return
     try:
-        mark = json.loads((path / MARK).read_text(encoding="utf-8"))
-        version, files = mark["format_version"], dict(mark["files"])
-    except (ValueError, KeyError, TypeError) as error:
+        mark = read_object(path / MARK)
+        version = mark["format_version"]
+        files = described_files(mark["files"]) if version == CHECKPOINT_FORMAT_VERSION else {}
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{path / MARK}: damaged ({error}); delete {path} and use an older checkpoint") from error
     if version != CHECKPOINT_FORMAT_VERSION:
         raise ValueError(
-            f"{path}: of format {version}, this code reads {CHECKPOINT_FORMAT_VERSION}; take the code that wrote it"
+            f"{path}: of format {reprlib.repr(version)}, this code reads {CHECKPOINT_FORMAT_VERSION}; "
+            "take the code that wrote it"
         )
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         if name.startswith("training_state/") and not training_state:
             continue
         file = path / name
-        if not file.is_file() or file.stat().st_size != expected["size"] or sha256_of(file) != expected["sha256"]:
+        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != digest:
             raise ValueError(f"{file}: missing or changed; delete {path} and use an older checkpoint")
+
+
+def described_files(files: Any) -> dict[str, tuple[Any, Any]]:
+    """Size and sha256 of each file, as checkpoint.json describes them.
+
+    Raises:
+        ValueError: they are no such descriptions, a name leads out of the folder, or the model is not among them.
+    """
+    if not isinstance(files, dict) or not all(isinstance(about, dict) for about in files.values()):
+        raise ValueError("it does not describe files")
+    for name in files:
+        if not all(map(is_plain_name, name.split("/"))):
+            raise ValueError(f"the name {reprlib.repr(name)} may lead out of the folder")
+    if "config.json" not in files or not {WEIGHTS, INDEX} & files.keys():
+        raise ValueError("it does not describe the model")
+    return {name: (about.get("size"), about.get("sha256")) for name, about in files.items()}
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -68,6 +99,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: the file `best` does not name one.
     """
     path = Path(path)
     if path.name == BEST and path.is_file():
@@ -131,28 +163,37 @@ def read_model_config(path: Path) -> tuple[ModelConfig, dict]:
     """The model that the `config.json` of a folder describes; and that file.
 
     Raises:
-        ValueError, OSError: it cannot be read, is not a Llama 3, or the folder has another tokenizer.
+        ValueError, OSError: it cannot be read, is not a Llama 3, or the folder has another tokenizer or other weights.
     """
     file = path / "config.json"
     try:
-        settings = {**json.loads(file.read_text(encoding="utf-8"))}
+        settings = read_object(file)
         config = model_config(settings)
         if not (path / MARK).is_file() and (path / "tokenizer.json").is_file():
             check_tokenizer((path / "tokenizer.json").read_bytes(), config.vocab_size)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}; give a Llama 3 in Hugging Face's layout") from error
+    weight_places(path, config)  # before anyone builds a model of this size
     return config, settings
 
 
 def read_model(path: Path) -> tuple[Transformer, dict]:
-    """The model in a folder, on the CPU; and the folder's `config.json`. Raises what the functions around it raise."""
+    """The model in a folder, on the CPU; and the folder's `config.json`.
+
+    Raises:
+        ValueError, OSError: what the functions around this one raise.
+        MemoryError: the model does not fit into memory.
+    """
     config, settings = read_model_config(path)
     with torch.device("meta"):  # drawing weights only to overwrite them would take a minute for 8B
         model = Transformer(config)
-    model.to_empty(device="cpu")
-    if config.tie_embeddings:
-        model.output.weight = model.tok_embeddings.weight
-    model.rope_cos, model.rope_sin = rope_tables(config)
+    try:
+        model.to_empty(device="cpu")
+        if config.tie_embeddings:
+            model.output.weight = model.tok_embeddings.weight
+        model.rope_cos, model.rope_sin = rope_tables(config)
+    except RuntimeError as error:  # torch has no error of its own for the memory of a CPU
+        raise MemoryError(f"{path}: the model does not fit into memory; take a larger machine") from error
     load_weights(path, model)
     return model, settings
 
@@ -161,34 +202,71 @@ def load_weights(path: Path, model: Transformer) -> None:
     """Copy the weights in a folder of Hugging Face's layout into `model`, one at a time.
 
     Raises:
-        ValueError: a weight is missing, unknown, or has another shape; or a file is damaged.
+        ValueError, OSError: what `weight_places` raises.
     """
-    if (path / INDEX).is_file():
-        places = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    else:
-        with opened(path / WEIGHTS) as file:
-            places = dict.fromkeys(file.keys(), WEIGHTS)
+    places = weight_places(path, model.config)
     parameters = {hf_name(name): (name, parameter) for name, parameter in model.named_parameters()}
-    needless = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    unknown = {name for name in places if name not in parameters | dict.fromkeys(needless) and "rotary_emb" not in name}
-    if wrong := sorted(unknown | (parameters.keys() - places.keys())):
-        raise ValueError(f"{path}: its weights do not fit its configuration: {wrong[0]} is missing or unknown")
     for file_name in sorted(set(places.values())):
         with opened(path / file_name) as file, torch.no_grad():
             for hf, (name, parameter) in parameters.items():
-                if places[hf] != file_name:
-                    continue
-                weight = from_hf(name, file.get_tensor(hf), model.config.head_dim)
-                if weight.shape != parameter.shape:
-                    raise ValueError(
-                        f"{path / file_name}: {hf} has the shape {tuple(weight.shape)}, not {tuple(parameter.shape)}"
-                    )
-                parameter.copy_(weight)
+                if places[hf] == file_name:
+                    parameter.copy_(from_hf(name, file.get_tensor(hf), model.config.head_dim))
+
+
+def weight_places(path: Path, config: ModelConfig) -> dict[str, str]:
+    """The file of each weight in a folder of Hugging Face's layout, by Hugging Face's names. Reads no weight.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is damaged, the index names a path that may lead out of the folder, or a weight is missing,
+            unknown, of another shape, or of a type that is not a floating-point number.
+    """
+    if (path / INDEX).is_file():
+        places = read_index(path / INDEX)
+    else:
+        with opened(path / WEIGHTS) as file:
+            places = dict.fromkeys(file.keys(), WEIGHTS)
+    places = {name: file for name, file in places.items() if "rotary_emb" not in name}
+    if config.tie_embeddings:
+        places.pop("lm_head.weight", None)
+    shapes = {}
+    for file_name in sorted(set(places.values())):
+        with opened(path / file_name) as file:
+            for name in (name for name in places if places[name] == file_name):
+                weight = file.get_slice(name)
+                if (dtype := weight.get_dtype()) not in DTYPES:
+                    raise ValueError(f"{path / file_name}: {reprlib.repr(name)} is {dtype}, not {', '.join(DTYPES)}")
+                shapes[name] = tuple(weight.get_shape())
+    try:
+        check_shapes(shapes, config, hf_name)
+    except ValueError as error:
+        raise ValueError(f"{path}: its weights do not fit its configuration: {error}") from error
+    return places
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each weight, as an index says. Raises ValueError if it says anything else."""
+    try:
+        places = read_object(path)["weight_map"]
+        if not isinstance(places, dict):
+            raise TypeError("weight_map is not an object")
+        if wrong := [name for name in places.values() if not is_plain_name(name)]:
+            raise ValueError(f"{reprlib.repr(wrong[0])} is not the name of a file in this folder")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not an index of weights ({error}); use another checkpoint") from error
+    return places
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, memory-mapped. Raises ValueError if it is damaged."""
+    """A safetensors file, memory-mapped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    if not path.is_file():  # or it is a folder, or a pipe that would keep us waiting
+        raise FileNotFoundError(f"{path}: no such file; use another checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
             yield file

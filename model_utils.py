@@ -1,14 +1,11 @@
-"""What a run needs around the model: its processes, the wrapped model, loading a model, Weights & Biases."""
+"""What a run needs around the model: the wrapped model (DDP), loading a model, Weights & Biases."""
 
 import os
-import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -16,98 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 import cpu_kernels
 import cuda_kernels
 from checkpoints import read_state
-from config import Config, config_as_dict, rank, world_size
-from hardware import can_compile, keep_freed_memory
+from config import Config, config_as_dict
+from hardware import can_compile
 from model import Transformer
 from model_folders import find_checkpoint, read_model, verify_checkpoint
-from threads import num_cores
-
-# ---------------------------------------------------------------- processes
-
-
-@dataclass(frozen=True)
-class Process:
-    """This process's place among those that torchrun started. A process alone is rank 0 of 1."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on rank zero alone."""
-        if self.is_main:
-            print(*args, flush=True, **kwargs)
-
-
-def start_process(device: torch.device) -> Process:
-    """Join the process group (NCCL between GPUs, gloo between CPUs) if torchrun started this process."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # before the group exists, because NCCL takes the current device
-    if device.type == "cpu":
-        keep_freed_memory()
-    if world_size() > 1:
-        if device.type == "cpu":  # torchrun sets one thread a process, however many cores there are
-            torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-            dist.init_process_group("gloo")
-        else:
-            dist.init_process_group("nccl", device_id=device)
-    return Process(rank(), world_size(), device)
-
-
-def sum_over_processes(values: list[float], device: torch.device) -> list[float]:
-    """Element-wise sum of a few numbers over all processes, in float64."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-class RankZeroFailed(Exception):
-    """What rank zero did for all has failed there. Rank zero says why."""
-
-
-def run_on_rank_zero(work: Callable[[], Any], process: Process) -> None:
-    """Do `work` on rank zero while the other ranks wait. If it fails there, all ranks end.
-
-    Raises:
-        Exception: what `work` raised, on rank zero. RankZeroFailed on the other ranks.
-    """
-    failure = None
-    if process.is_main:
-        try:
-            work()
-        except Exception as error:
-            failure = error
-    [failed] = sum_over_processes([float(failure is not None)], process.device)
-    if failed:
-        raise failure or RankZeroFailed
-
-
-def share_loss_and_stop(loss: float, stop: int, process: Process) -> tuple[list[float], int]:
-    """Every rank's loss, and the largest signal number that any rank has seen, in one small all-reduce."""
-    table = [0.0] * (2 * process.world_size)
-    table[process.rank], table[process.world_size + process.rank] = loss, stop
-    table = sum_over_processes(table, process.device)
-    return table[: process.world_size], int(max(table[process.world_size :]))
-
-
-class StopSignal:
-    """Notes the first Ctrl-C or SIGTERM, so that the loop can stop after the current step. The second one kills."""
-
-    def __init__(self):
-        self.number = 0  # of the signal that came
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number: int, frame: Any) -> None:
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-
+from processes import Process
 
 # ---------------------------------------------------------------- the model, as the loop trains it
 

@@ -90,15 +90,6 @@ def build_optimizers(model: Transformer, cfg: Config) -> list[torch.optim.Optimi
     return optimizers
 
 
-def load_moments(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
-    """Load saved `state_dict()`s, but keep this run's settings: a flag given when resuming must count."""
-    for optimizer, state in zip(optimizers, states, strict=True):
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state)
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
-            group.update(setting)
-
-
 def lr_factor(step: int, cfg: Config) -> float:
     """Share of the peak learning rate for update `step` (1 to max_steps).
 

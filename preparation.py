@@ -24,14 +24,19 @@ from tqdm import tqdm
 
 from files import FolderLocked, atomic_write, check_free_space, full_disk_named, lock_folder, replace_synced
 from held_out import IN_VAL_SOURCE, LEFT_OUT, TRAIN, VAL, HeldOut, ids_of, write_val_source
+from json_files import check_values, read_object
 from rows import ReadOptions, SourceError
 from shards import (
+    COUNTS,
     MANIFEST,
     SHARD_FORMAT_VERSION,
     VAL_TEMPORARY,
     ShardWriter,
     ValidationShard,
+    check_shard_list,
     is_prepared,
+    open_shard,
+    read_manifest,
     shard_name,
     token_dtype,
 )
@@ -98,11 +103,11 @@ def prepare(
     check_flags([opened, val_opened] if val_opened else [opened], stream)
     recipe = _recipe(opened, val_opened, tokenizer, shard_size, max_tokens, None if val_source else val_fraction)
     if is_prepared(out_dir):
-        return _compared(read_mark(out_dir), recipe, out_dir)
+        return _finished(out_dir, recipe)
     try:
         with lock_folder(out_dir):
             if is_prepared(out_dir):  # the run that held the lock before has finished the folder
-                return _compared(read_mark(out_dir), recipe, out_dir)
+                return _finished(out_dir, recipe)
             return _write_folder(opened, val_opened, out_dir, tokenizer, recipe, num_proc, show_progress)
     except UnicodeDecodeError as error:  # the bytes of an arrow array are not decoded before `tokenize`
         raise SourceError(f"{opened.name}: not UTF-8 ({error.reason}); replace the file") from error
@@ -274,12 +279,18 @@ def _load_progress(out_dir: Path, recipe: dict) -> Progress:
             progress = Progress(**{name: mark[name] for name in Progress.__dataclass_fields__})
             if [type(value) for value in asdict(progress).values()] != [int, list, int, int, dict, dict, list]:
                 raise TypeError("a value has another type")
-        except (KeyError, TypeError) as error:
+            check_values(mark, dict.fromkeys(("document", "tokens", "train_tokens"), int))
+            check_values(progress.val, dict.fromkeys(COUNTS if progress.val else (), int))
+            check_values(progress.odd_documents, dict.fromkeys(progress.odd_documents, int))
+            check_shard_list(progress.shards, first=1)
+        except (ValueError, KeyError, TypeError) as error:
             raise SourceError(
                 f"{out_dir / PROGRESS}: damaged ({error}); delete {out_dir} and run this again"
             ) from error
         _check_shards(out_dir, progress.shards)
     leftovers = {path.name for path in out_dir.glob("edufineweb_*.npy")} - {shard["file"] for shard in progress.shards}
+    if (out_dir / VAL_TEMPORARY).is_symlink():  # writing into it would write elsewhere
+        raise SourceError(f"{out_dir / VAL_TEMPORARY}: a link, not a file of this program; delete it")
     if (out_dir / VAL_TEMPORARY).exists() and not mark:
         leftovers.add(VAL_TEMPORARY)
     # Where our mark is, two files that it does not list are ours: the next shard, and the validation shard.
@@ -313,13 +324,20 @@ def read_mark(out_dir: Path) -> dict[str, Any]:
         if not path.is_file():
             return {}
     try:
-        mark = {**json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError) as error:
+        mark = read_object(path)
+    except ValueError as error:
         raise SourceError(f"{path}: not a JSON object; delete {path.parent} and run this again") from error
-    lists = [mark.get("shards"), mark.get("hub", [])]
-    if "tokenizer_fingerprint" not in mark or not all(isinstance(value, list) for value in lists):
+    shards, hub = mark.get("shards"), mark.get("hub", [])
+    own = "tokenizer_fingerprint" in mark and isinstance(shards, list) and isinstance(hub, list)
+    if not own or not all(isinstance(pin, dict) and pin.keys() == {"name", "commit", "files"} for pin in hub):
         raise SourceError(f"{path}: not of this program; choose another --out_dir, or move the file")
     return mark
+
+
+def _finished(out_dir: Path, recipe: dict) -> dict:
+    """The manifest of a folder. Raises SourceError if it has another recipe, and what `read_manifest` raises."""
+    _compared(read_mark(out_dir), recipe, out_dir)
+    return read_manifest(out_dir)
 
 
 def _compared(mark: dict, recipe: dict, out_dir: Path) -> dict:
@@ -341,8 +359,8 @@ def _check_shards(out_dir: Path, shards: list[dict]) -> None:
     for shard in shards:
         path = out_dir / shard["file"]
         try:
-            tokens = len(np.load(path, mmap_mode="r"))
-        except (OSError, ValueError, EOFError):
+            tokens = len(open_shard(path))
+        except (OSError, ValueError):
             tokens = None
         if tokens != shard["tokens"]:
             raise SourceError(f"{path}: missing or cut short since it was written; delete {out_dir} and run this again")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from model_utils import Process
+from processes import Process
 
 
 class NullProfiler:

@@ -17,7 +17,9 @@ from files import atomic_write
 from hardware import peak_flops
 from model import Transformer
 from model_folders import checkpoints_in
-from model_utils import NullRun, Process, flops_per_token, run_on_rank_zero, start_wandb
+from model_utils import NullRun, flops_per_token, start_wandb
+from processes import Process, run_on_rank_zero
+from run_lock import RunLock
 
 
 class MetricsLog:
@@ -111,17 +113,37 @@ def start_tensorboard(cfg: Config, process: Process, last_step: int) -> Any:
     return SummaryWriter(str(Path(cfg.out_dir) / "tensorboard"), purge_step=last_step + 1)
 
 
-def open_run_folder(cfg: Config) -> None:
-    """Make out_dir and its config.json. An earlier run there is moved aside, not lost, unless this run resumes it.
+def recorded_at(out_dir: Path, step: int) -> set[str]:
+    import json as j
+
+    p = out_dir / "metrics.jsonl"
+    if not p.is_file():
+        return set()
+    found = set()
+    for line in p.read_text(errors="replace").splitlines():
+        try:
+            row = j.loads(line)
+        except ValueError:
+            continue
+        if row.get("step") == step:
+            found |= row.keys() & {"val_loss", "hellaswag_acc", "samples_end"}
+    return found
+
+
+def open_run_folder(cfg: Config, goes_on: bool) -> None:
+    """Make out_dir and its config.json. An earlier run there is moved aside, not lost, unless this run goes on with it.
 
     Raises:
         OSError: out_dir or its checkpoints/ cannot be written to. A run would find the latter hours later.
     """
     out_dir = Path(cfg.out_dir)
     try:
-        if not cfg.resume and ((out_dir / "metrics.jsonl").is_file() or any(out_dir.glob("checkpoints/step_*"))):
+        if not goes_on and ((out_dir / "metrics.jsonl").is_file() or any(out_dir.glob("checkpoints/step_*"))):
             aside = next(p for i in itertools.count(1) if not (p := out_dir.with_name(f"{out_dir.name}.{i}")).exists())
-            out_dir.rename(aside)
+            aside.mkdir()
+            for entry in sorted(out_dir.iterdir()):  # not the folder: this run's lock is in it
+                if entry.name not in RunLock.FILES:
+                    entry.rename(aside / entry.name)
             print(f"{out_dir} held an earlier run, now in {aside}; --resume True would have gone on with it")
         (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out_dir / "checkpoints"), atomic_write(out_dir / "config.json", "w") as file:
@@ -133,9 +155,12 @@ def open_run_folder(cfg: Config) -> None:
 class Records:
     """Writes the rows of a run into its folder and prints its lines, on rank zero alone."""
 
-    def __init__(self, model: Transformer, cfg: Config, process: Process, run_id: str, last_step: int):
-        """Open the run folder. Rows beyond `last_step` (-1: all) are dropped."""
-        run_on_rank_zero(partial(open_run_folder, cfg), process)
+    def __init__(
+        self, model: Transformer, cfg: Config, process: Process, run_id: str, last_step: int, *, goes_on: bool = False
+    ):
+        """Open the run folder. It holds an earlier part of this run if it `goes_on`; rows beyond `last_step` (-1: all)
+        are dropped."""
+        run_on_rank_zero(partial(open_run_folder, cfg, goes_on), process)
         self.cfg, self.process = cfg, process
         self.run_id, tensorboard = run_id, start_tensorboard(cfg, process, last_step)
         wandb_run = start_wandb(cfg, run_id, process)

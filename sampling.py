@@ -7,7 +7,7 @@ Shape letters: B rows of a batch, T tokens, V vocabulary, D model width, C candi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,11 +154,12 @@ def generate(
     repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
     generator: torch.Generator | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
     """Continue prompts of any lengths in one batch. Returns the new ids of each prompt, without the stop token.
 
-    A row ends at a stop token, after `max_new_tokens` ids, or when its prompt and new ids fill `max_seq_len`. The cache
-    has the dtype of the weights.
+    A row ends at a stop token, after `max_new_tokens` ids, or when its prompt and new ids fill `max_seq_len`. All end
+    where `is_stopped` says True after an id. The cache has the dtype of the weights.
 
     Raises:
         ValueError: a prompt is empty, or it leaves no room in the model's context.
@@ -171,7 +172,12 @@ def generate(
         stop_tokens=stop_tokens,
         generator=generator,
     )
-    new = torch.stack([ids for ids, _ in steps], dim=1)  # (B, T)
+    drawn = []
+    for ids, _ in steps:
+        drawn.append(ids)
+        if is_stopped():
+            break
+    new = torch.stack(drawn, dim=1)  # (B, T)
     continuations = []
     for prompt, ids in zip(prompts, new.tolist(), strict=True):
         ids = ids[: min(max_new_tokens, model.config.max_seq_len - len(prompt))]

@@ -6,8 +6,8 @@ manifest is written last, so a folder with a manifest is complete.
 """
 
 import io
-import json
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,13 +18,14 @@ import numpy as np
 from tqdm import tqdm
 
 from files import atomic_write, replace_synced, sha256_of
-from tokenizer import Tokenizer
+from json_files import check_values, read_object
+from tokenizer import VOCAB_SIZES, Tokenizer
 
 SHARD_FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-MANIFEST_KEYS = ("vocab_size", "dtype", "tokenizer_fingerprint", "documents", "tokens", "shards")
 COUNTS = ("tokens", "documents", "text_bytes")  # what the manifest counts in each shard
-SHARD_KEYS = ("file", "split", "sha256", *COUNTS)
+MANIFEST_TYPES = {"vocab_size": int, "documents": int, "tokens": int, "tokenizer_fingerprint": str, "shards": list}
+SHARD_TYPES = {"file": str, "split": str, "sha256": str, **dict.fromkeys(COUNTS, int)}
 VAL_TEMPORARY = ".edufineweb_val_000000.npy.part"
 
 # TokenStream compares this many ids of a folder with the vocabulary when it opens: all ids of a small folder, in a
@@ -65,26 +66,53 @@ def read_manifest(folder: str | Path, flags: str = "") -> dict:
         command = f"python load_fineweb_dataset.py --out_dir {folder}{flags}"
         raise FileNotFoundError(f"{path}: not found, so {folder} is not a prepared folder; `{command}` prepares it")
     try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format_version"]
+        manifest = read_object(path)
+        version, dtype = manifest["format_version"], manifest.get("dtype")
         if version == SHARD_FORMAT_VERSION:
-            for key in MANIFEST_KEYS:
-                manifest[key]
-            due = token_dtype(int(manifest["vocab_size"])).name
-            for shard in manifest["shards"]:
-                for key in SHARD_KEYS:
-                    shard[key]
-                int(shard["tokens"])
+            check_values(manifest, MANIFEST_TYPES)
+            check_values(odd := manifest.get("odd_documents", {}), dict.fromkeys(odd, int))
+            check_shard_list(manifest["shards"], first=0)
+            for key in ("tokens", "documents"):
+                if (total := sum(shard[key] for shard in manifest["shards"])) != manifest[key]:
+                    raise ValueError(f"{manifest[key]:,} {key} where its shards have {total:,}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: not a manifest ({type(error).__name__}: {error}); delete {folder} and prepare it anew"
         ) from error
     if version != SHARD_FORMAT_VERSION:
+        version = reprlib.repr(version)
         raise ValueError(f"{path}: format {version}, this code reads {SHARD_FORMAT_VERSION}; prepare it anew")
-    dtype, vocab_size = manifest["dtype"], manifest["vocab_size"]
-    if dtype != due:
-        raise ValueError(f"{path}: dtype {dtype} where {due} is due for {vocab_size} ids; prepare the folder anew")
+    if dtype != (due := token_dtype(manifest["vocab_size"]).name):
+        raise ValueError(f"{path}: dtype {reprlib.repr(dtype)} where {due} is due; prepare the folder anew")
     return manifest
+
+
+def check_shard_list(shards: list, first: int) -> None:
+    """Raises KeyError, ValueError or TypeError unless these describe shards, each once, from number `first` on."""
+    for index, shard in enumerate(shards, start=first):
+        check_values(shard, SHARD_TYPES)
+        if (shard["file"], shard["split"]) != (shard_name(index), "train" if index else "val"):
+            name, split = map(reprlib.repr, (shard["file"], shard["split"]))
+            raise ValueError(f"it has {name} of split {split} in the place of {shard_name(index)}")
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The ids of a shard, memory-mapped. No code in the file is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a NumPy file with one row of numbers, or it has another length than its header says.
+    """
+    if not path.is_file():  # or it is a folder, or a pipe that would keep us waiting
+        raise FileNotFoundError(f"{path}: listed in the manifest but missing; prepare the folder anew")
+    try:
+        with np.errstate(over="ignore"):
+            shard = np.lib.format.open_memmap(path, mode="r")
+        if shard.ndim != 1 or shard.offset + shard.nbytes != path.stat().st_size:
+            raise ValueError(f"shape {shard.shape}, {path.stat().st_size:,} bytes")
+    except Exception as error:  # NumPy has no error of its own for a bad header: IndexError, TokenError, MemoryError
+        raise ValueError(f"{path}: damaged or cut short ({error}); prepare the folder anew") from error
+    return shard
 
 
 def count_ids(ids: np.ndarray, bos_id: int, byte_lengths: np.ndarray) -> dict[str, int]:
@@ -253,13 +281,19 @@ class TokenStream:
 
         self.dtype, self.vocab_size = np.dtype(self.manifest["dtype"]), vocab_size
         self.files = [shard["file"] for shard in shards]
-        self.ends = np.cumsum([int(shard["tokens"]) for shard in shards])  # the stream position after each shard
+        self.ends = np.cumsum([shard["tokens"] for shard in shards])  # the stream position after each shard
         self._shards: list[np.ndarray] | None = None
         for index, shard in enumerate(shards):
-            self._check(index, int(shard["tokens"]), CHECKED_TOKENS // len(shards))
+            self._check(index, shard["tokens"], CHECKED_TOKENS // len(shards))
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def digest(self) -> str:
+        """Of the contents of all shards, as the manifest has them."""
+        of_files = {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
+        return sha256("".join(of_files[file] for file in self.files).encode()).hexdigest()
 
     def __getstate__(self) -> dict:
         """Leave the memory maps out of a pickle, where they would be a copy of the corpus. Each process maps anew."""
@@ -268,7 +302,7 @@ class TokenStream:
     @property
     def shards(self) -> list[np.ndarray]:
         if self._shards is None:
-            self._shards = [np.lib.format.open_memmap(self.root / file, mode="r") for file in self.files]
+            self._shards = [open_shard(self.root / file) for file in self.files]
         return self._shards
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -289,12 +323,7 @@ class TokenStream:
 
     def _check(self, index: int, count: int, checked_tokens: int) -> None:
         path = self.root / self.files[index]
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: listed in the manifest but missing; prepare the folder anew")
-        try:
-            shard = np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{path}: damaged or cut short ({error}); prepare the folder anew") from error
+        shard = open_shard(path)
         if shard.dtype != self.dtype or shard.shape != (count,):
             raise ValueError(
                 f"{path}: holds {shard.dtype} {shard.shape}, the manifest says {self.dtype} ({count},); "
@@ -310,11 +339,14 @@ class TokenStream:
             )
 
 
-def id_blocks(path: Path) -> Iterator[np.ndarray]:
-    """The ids of a shard, a block at a time."""
-    ids = np.load(path, mmap_mode="r")
+def id_blocks(path: Path, vocab_size: int) -> Iterator[np.ndarray]:
+    """The ids of a shard, a block at a time. Raises ValueError, without the name of the file, for other ids."""
+    ids = open_shard(path)
     for start in range(0, len(ids), IDS_AT_ONCE):
-        yield np.asarray(ids[start : start + IDS_AT_ONCE])
+        block = np.asarray(ids[start : start + IDS_AT_ONCE])
+        if (largest := block.max()) >= vocab_size:
+            raise ValueError(f"id {largest} is outside the vocabulary of {vocab_size}")
+        yield block
 
 
 # ---------------------------------------------------------------- check
@@ -327,27 +359,22 @@ def verify(folder: str | Path) -> str:
         FileNotFoundError, ValueError: a file is missing or differs. The message names the first one.
     """
     folder, manifest = Path(folder), read_manifest(folder)
-    tokenizer = Tokenizer(vocab_size=manifest["vocab_size"])
-    if manifest["tokenizer_fingerprint"] != tokenizer.fingerprint:
-        raise ValueError(f"{folder / MANIFEST}: written with another tokenizer than tokenizer.model; prepare it anew")
+    tokenizer = tokenizer_of(folder, manifest)
     totals = dict.fromkeys(COUNTS, 0)
     for index, shard in enumerate(tqdm(manifest["shards"], unit="shard")):
         path = folder / shard_name(index)
+        dtype = open_shard(path).dtype
         try:
-            if (shard["file"], shard["split"]) != (path.name, "train" if index else "val"):
-                raise ValueError(f"the manifest has {shard['file']} of split {shard['split']} in its place")
             if sha256_of(path) != shard["sha256"]:
                 raise ValueError("its sha256 is not the manifest's")
+            if dtype != manifest["dtype"]:
+                raise ValueError(f"its ids are not {manifest['dtype']}")
             for key, count in _recount(path, tokenizer).items():
                 if count != shard[key]:
                     raise ValueError(f"{count:,} {key} where the manifest says {shard[key]:,}")
                 totals[key] += count
-        except (ValueError, EOFError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise ValueError(f"{path}: {reason}; delete the folder and prepare it anew") from error
-    for key in ("tokens", "documents"):
-        if totals[key] != manifest[key]:
-            raise ValueError(f"{folder / MANIFEST}: {manifest[key]:,} {key} where its shards have {totals[key]:,}")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; delete the folder and prepare it anew") from error
     unlisted = {path.name for path in folder.glob("*.npy")} - {shard["file"] for shard in manifest["shards"]}
     if unlisted:
         raise ValueError(f"{folder / min(unlisted)}: not in the manifest; delete it")
@@ -357,15 +384,20 @@ def verify(folder: str | Path) -> str:
     )
 
 
+def tokenizer_of(folder: Path, manifest: dict) -> Tokenizer:
+    """The tokenizer that a folder was written with. Raises ValueError if it is not a part of `tokenizer.model`."""
+    vocab_size = manifest["vocab_size"]
+    if vocab_size in VOCAB_SIZES:
+        tokenizer = Tokenizer(vocab_size=vocab_size)
+        if manifest["tokenizer_fingerprint"] == tokenizer.fingerprint:
+            return tokenizer
+    raise ValueError(f"{folder / MANIFEST}: written with another tokenizer than tokenizer.model; prepare it anew")
+
+
 def _recount(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
     """Tokens, documents and bytes of text of a shard. Raises ValueError for ids that the tokenizer cannot have made."""
-    dtype, lengths = token_dtype(tokenizer.vocab_size), byte_lengths(tokenizer)
-    counted = Counter(dict.fromkeys(COUNTS, 0))
-    if np.load(path, mmap_mode="r").dtype != dtype:
-        raise ValueError(f"its ids are not {dtype}")
-    for ids in id_blocks(path):
-        if (largest := ids.max()) >= tokenizer.vocab_size:
-            raise ValueError(f"id {largest} is outside the vocabulary of {tokenizer.vocab_size}")
+    lengths, counted = byte_lengths(tokenizer), Counter(dict.fromkeys(COUNTS, 0))
+    for ids in id_blocks(path, tokenizer.vocab_size):
         counted.update(count_ids(ids, tokenizer.bos_id, lengths))
     return counted
 

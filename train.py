@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,33 +24,31 @@ import torch
 from torch import Tensor, nn
 
 import hellaswag_utils
-from checkpoints import TrainState, save_checkpoint
-from config import Config, local_device, local_rank, read_config, world_size
-from dataloaders import BLOCK, BatchLayout, TrainWindows, open_streams, validation_batches
+from checkpoints import CheckpointSaver, TrainState, mark_best, ways_back
+from config import Config, config_as_dict, local_device, local_rank, read_config, world_size
 from dry_run import dry_run
 from evaluation import draw_samples, score_hellaswag, validate
-from files import allow_any_text_in_output
-from load_hellaswag_dataset import write_sample
+from files import FolderLocked, allow_any_text_in_output
 from model import ModelConfig, Transformer, document_positions
-from model_folders import checkpoints_in, find_checkpoint, load_weights
-from model_utils import (
+from model_utils import place_model, wrap_model
+from optimizers import build_optimizers, lr_factor, set_learning_rates
+from processes import (
     Process,
     RankZeroFailed,
-    StopSignal,
-    place_model,
+    agree_on_stop,
+    compare_ranks,
+    end_process,
+    is_lost_connection,
     run_on_rank_zero,
     share_loss_and_stop,
     start_process,
-    wrap_model,
 )
-from optimizers import build_optimizers, lr_factor, set_learning_rates
-from preparation import prepare
 from profiling import start_profiler
-from records import Records
 from report import write_report
+from resuming import begin, open_records
 from rows import SourceError
-from shards import TokenStream, is_prepared
-from tokenizer import Tokenizer
+from run_data import describe, open_data
+from run_lock import RunLock
 
 # ================================ CONFIGURATION ================================
 # config.py says what each field means, and so does `python train.py --help`.
@@ -139,6 +138,21 @@ SAMPLE = replace(
 # ============================== END CONFIGURATION ==============================
 
 
+@dataclass(frozen=True)
+class Update:
+    """What all ranks know of an update."""
+
+    losses: list[float]  # of each rank
+    grad_norm: float  # of the whole gradient, before clipping
+    lr_factor: float  # share of the peak learning rate
+    stop: int  # the stop signal that all ranks have agreed on, or 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the update was made. Otherwise the parameters have not been touched."""
+        return all(map(math.isfinite, [*self.losses, self.grad_norm]))
+
+
 def update(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
@@ -148,166 +162,139 @@ def update(
     *,
     accumulation: int,
     bos_id: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, float]:
+    process: Process,
+) -> Update | None:
     """Update number `step`: accumulate, clip, learning rate, step. It takes a batch for each micro-step.
 
-    Returns the mean loss of this process, the norm of the gradient before clipping, and the share of the peak learning
-    rate. dry_run.py measures this function.
+    Returns None, with nothing changed, if a stop signal came between micro-steps. dry_run.py measures this function.
     """
-    mean_loss = torch.zeros((), device=device)
+    mean_loss = torch.zeros((), device=process.device)
     for micro_step in range(accumulation):
-        x, y = (t.to(device, non_blocking=True) for t in next(batches))  # (B, T) each
+        is_last = micro_step == accumulation - 1
+        if process.stop and not is_last:
+            continue  # this rank has heard a stop signal; before the last micro-step all agree
+        if is_last and accumulation > 1 and agree_on_stop(process):
+            model.zero_grad(set_to_none=True)
+            return None
+        x, y = (t.to(process.device, non_blocking=True) for t in next(batches))  # (B, T) each
         # DDP decides in the forward pass whether the backward pass will send gradients: once a step is enough.
-        model.require_backward_grad_sync = micro_step == accumulation - 1
+        model.require_backward_grad_sync = is_last
         positions = document_positions(x, bos_id) if cfg.document_mask else None
         loss = model(x, y, positions=positions)
         (loss / accumulation).backward()
         mean_loss += loss.detach() / accumulation
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    factor = lr_factor(step, cfg)
-    set_learning_rates(optimizers, factor)
+    losses, stop = share_loss_and_stop(mean_loss.item(), process)
+    done = Update(losses, grad_norm.item(), lr_factor(step, cfg), stop)
+    set_learning_rates(optimizers, done.lr_factor)
     for optimizer in optimizers:
-        optimizer.step()
+        if done.is_finite:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return mean_loss, grad_norm, factor
+    return done
 
 
-def train(cfg: Config, process: Process) -> int:
+def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
     """The run; returns the exit status."""
-    device, out_dir = process.device, Path(cfg.out_dir)
     torch.manual_seed(cfg.seed)
-    data = open_data(cfg, process)
-    bare_model = place_model(Transformer(cfg.model), device)
+    data = open_data(cfg, SAMPLE, process)
+    bare_model = place_model(Transformer(cfg.model), process.device)
     optimizers = build_optimizers(bare_model, cfg)
     state = TrainState(bare_model, optimizers, data.windows)
-    saved = checkpoints_in(out_dir / "checkpoints")[-1:] if cfg.resume else []
-    if saved:
-        state.resume(saved[0], cfg)
-        process.print(f"resuming from {saved[0]} after step {state.step}")
-    elif cfg.init_from:
-        load_weights(find_checkpoint(cfg.init_from), bare_model)
-    run_on_rank_zero(partial(state.check_room, out_dir / "checkpoints", cfg), process)
+    start = begin(state, cfg, process)
+    compare_ranks(data.facts() | {"first step": state.step, "run": state.run_id}, process)
+    missing = due_at(state.step, cfg) - set(start.recorded)  # evaluations that a kill after the save has cut off
+    if state.step >= cfg.max_steps and not missing:
+        process.print(
+            f"{start.checkpoint}: step {state.step} of max_steps={cfg.max_steps} is done; nothing is left to do"
+        )
+        return 0
+    run_on_rank_zero(partial(state.check_room, saver.folder, cfg), process)
     model = wrap_model(bare_model, optimizers, cfg, process)  # trains the parameters of bare_model
-    records = Records(bare_model, cfg, process, state.run_id, last_step=state.step if saved else -1)
+    records = open_records(state, start, cfg, process)
     process.print(describe(cfg, process, data, records))
 
-    if state.step == 0 and cfg.val_every:
-        row = validate(bare_model, data.val_streams, data.tokenizer, cfg, process)
-        check_finite(0, {"validation loss": row["val_loss"]}, out_dir)
-        records.validation(0, row, shares={})
     accumulation, bos_id = data.windows.layout.accumulation, data.tokenizer.bos_id
-    batches = data.windows.batches(state.step, cfg.max_steps, device)
-    profiler = start_profiler(cfg.profile, out_dir / "profile", process)
-    stop_signal, stop = StopSignal(), 0  # what this process has heard, and the signal that all have agreed on
-    for step in range(state.step + 1, cfg.max_steps + 1):
-        began = time.perf_counter()
-        mean_loss, grad_norm, factor = update(
-            model, optimizers, batches, step, cfg, accumulation=accumulation, bos_id=bos_id, device=device
-        )
+    batches = data.windows.batches(state.step, cfg.max_steps, process.device)
+    profiler = start_profiler(cfg.profile, Path(cfg.out_dir) / "profile", process)
+    stop, skipped = agree_on_stop(process), 0
+    saved = -1 if start.checkpoint and not start.same_run else state.step
+    for step in range(state.step, cfg.max_steps + 1):
+        if step > state.step and not stop:  # the first pass only evaluates
+            process.watch.begin(step)
+            began = time.perf_counter()
+            done = update(
+                model, optimizers, batches, step, cfg, accumulation=accumulation, bos_id=bos_id, process=process
+            )
+            seconds = time.perf_counter() - began
+            process.watch.end("after the update")
+            if done is None:
+                stop = agree_on_stop(process)
+            else:
+                state.step, stop, missing = step, done.stop, due_at(step, cfg)
+                skipped = 0 if done.is_finite else skipped + 1
+                if skipped > cfg.skip_nonfinite:
+                    raise ValueError(broken(step, done, saver.folder))
+                records.training(step, seconds, row_of(done, skipped, cfg))
+                profiler.step()
 
-        # ---- record: all ranks agree on the loss, on whether it is a number, and on whether someone asked to stop
-        losses, stop = share_loss_and_stop(mean_loss.item(), stop_signal.number, process)
-        seconds = time.perf_counter() - began
-        check_finite(step, {f"loss on rank {rank}": value for rank, value in enumerate(losses)}, out_dir)
-        check_finite(step, {"gradient": grad_norm.item()}, out_dir)
-        row = {"train_loss": sum(losses) / len(losses), "lr": factor * cfg.max_lr, "grad_norm": grad_norm.item()}
-        profiler.step()
-        records.training(step, seconds, row)
-
-        # ---- along the way
-        last, val_loss = step == cfg.max_steps, math.inf
-        if last or is_due(cfg.val_every, step):
-            row = validate(bare_model, data.val_streams, data.tokenizer, cfg, process)
-            val_loss = row["val_loss"]
-            check_finite(step, {"validation loss": val_loss}, out_dir)
-            records.validation(step, row, data.windows.shares(step))
-        if last or stop or is_due(cfg.save_every, step):
-            is_best, state.step = val_loss < state.best_val_loss, step
-            state.best_val_loss = min(state.best_val_loss, val_loss)
-            checkpoint, folder = state.as_checkpoint(cfg, data.tokenizer.fingerprint), out_dir / "checkpoints"
-            save = partial(save_checkpoint, folder, checkpoint, keep=cfg.keep_checkpoints, is_best=is_best)
-            run_on_rank_zero(save, process)
-            process.print(f"step {step:>6}  saved in {folder}")
+        # ---- along the way: what a stop signal leaves out here, the resumed run makes up
+        val_loss = math.inf
+        if "val_loss" in missing and not stop:
+            row, stop = validate(bare_model, data.val_streams, data.tokenizer, cfg, process)
+            if row:
+                val_loss = row["val_loss"]
+                if not math.isfinite(val_loss):
+                    raise ValueError(f"step {step}: the validation loss is {val_loss}; {ways_back(saver.folder)}")
+                records.validation(step, row, data.windows.shares(step))
+        is_best = val_loss < state.best_val_loss
+        if state.step != saved and (stop or saved < 0 or step == cfg.max_steps or is_due(cfg.save_every, step)):
+            saved, state.best_val_loss = state.step, min(state.best_val_loss, val_loss)
+            checkpoint = state.as_checkpoint(cfg, data.tokenizer.fingerprint)
+            is_end = stop > 0 or step == cfg.max_steps
+            run_on_rank_zero(partial(saver.save, checkpoint, is_best=is_best, is_last=is_end), process)
+        elif is_best and step and state.step == saved:
+            state.best_val_loss = val_loss
+            run_on_rank_zero(partial(mark_best, saver.folder, step), process)
         # What takes longer comes after the save: torchrun kills 30 seconds after a signal.
-        if cfg.hellaswag_every and (last or is_due(cfg.hellaswag_every, step)):
-            name = hellaswag_utils.benchmark_name(cfg.hellaswag_path)
-            records.hellaswag(step, score_hellaswag(bare_model, data.examples, cfg, process), name)
-        if cfg.generate_every and (last or is_due(cfg.generate_every, step)):
-            records.samples(step, draw_samples(bare_model, data.tokenizer, cfg, process, step))
+        if "hellaswag_acc" in missing and not stop:
+            row, stop = score_hellaswag(bare_model, data.examples, cfg, process)
+            records.hellaswag(step, row, hellaswag_utils.benchmark_name(cfg.hellaswag_path))
+        if "samples_end" in missing and not stop:
+            row, stop = draw_samples(bare_model, data.tokenizer, cfg, process, step)
+            records.samples(step, row)
         if stop:
             break
     profiler.finish()
+    run_on_rank_zero(saver.finish, process)
     records.close(finished=not stop)
-    if stop and state.step < cfg.max_steps:
+    if stop:
         process.print(f"stopped after step {state.step} by {signal.Signals(stop).name}; --resume True goes on there")
         return 128 + stop
     if process.is_main:
-        write_report([out_dir], out_dir / "report.html")
+        write_report([cfg.out_dir], Path(cfg.out_dir) / "report.html")
         print(
-            f"done: {out_dir / 'report.html'} has the plots; `python generate.py --checkpoint {out_dir} --prompt ...`"
+            f"done: {cfg.out_dir}/report.html has the plots; "
+            f"`python generate.py --checkpoint {cfg.out_dir} --prompt ...` continues a text"
         )
     return 0
 
 
-@dataclass
-class RunData:
-    """What a run reads."""
-
-    tokenizer: Tokenizer
-    windows: TrainWindows  # training batches
-    val_streams: list[TokenStream]
-    examples: list[hellaswag_utils.Example]  # HellaSwag's, none where it is switched off
+def row_of(done: Update, skipped: int, cfg: Config) -> dict:
+    """The row of an update. JSON has no word for what is not finite, so a skipped update has neither loss nor norm."""
+    row = {"lr": done.lr_factor * cfg.max_lr}
+    if skipped:
+        return row | {"skipped": skipped}
+    return row | {"train_loss": sum(done.losses) / len(done.losses), "grad_norm": done.grad_norm}
 
 
-def open_data(cfg: Config, process: Process) -> RunData:
-    """Open the data of the run, after writing the sample's if that is asked for and not there.
-
-    Raises:
-        ValueError, OSError: data that is missing, too short, damaged, or does not fit the model; a prompt too long.
-    """
-    run_on_rank_zero(partial(prepare_sample, cfg), process)
-    tokenizer = Tokenizer(vocab_size=cfg.model.vocab_size)
-    for prompt in cfg.prompts if cfg.generate_every else ():
-        if (n := len(tokenizer.encode(prompt, bos=True))) >= cfg.model.max_seq_len:
-            raise ValueError(f"prompts={prompt!r}: its {n} tokens fill model.max_seq_len={cfg.model.max_seq_len}")
-    train_streams, val_streams = (
-        open_streams(cfg.data_root, split, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
-        for split in ("train", "val")
-    )
-    accumulation = cfg.total_batch_size // (cfg.batch_size * cfg.model.max_seq_len * process.world_size)
-    layout = BatchLayout(cfg.model.max_seq_len, cfg.batch_size, accumulation, process.rank, process.world_size)
-    windows = TrainWindows(train_streams, layout, seed=cfg.seed)
-    # The end of every run is validated. So try now whether the data fill a batch: the first one, on every rank alike.
-    next(validation_batches(val_streams, replace(layout, rank=0), max_tokens=cfg.val_tokens))
-    examples = []
-    if cfg.hellaswag_every:
-        examples = hellaswag_utils.load_examples(cfg.hellaswag_path, tokenizer, cfg.hellaswag_limit or None)
-    return RunData(tokenizer, windows, val_streams, examples)
-
-
-def prepare_sample(cfg: Config) -> None:
-    """Write the sample's files if the sample is asked for and they are not there."""
-    if cfg.data_root != SAMPLE.data_root:
-        return
-    if not is_prepared(cfg.data_root):
-        prepare(["sample"], cfg.data_root, vocab_size=cfg.model.vocab_size)
-    if cfg.hellaswag_path == SAMPLE.hellaswag_path and not Path(cfg.hellaswag_path).is_file():
-        write_sample(cfg.data_root, cfg.hellaswag_path, cfg.model.vocab_size)
-
-
-def describe(cfg: Config, process: Process, data: RunData, records: Records) -> str:
-    """The run in a line: size of the model, length of the run, shape of a step, peak of the devices."""
-    tokens = cfg.max_steps * cfg.total_batch_size
-    epochs = [
-        f"{tokens * stream.quota / BLOCK / len(stream):.2f} epochs of {len(stream):,} tokens"
-        for stream in data.windows.streams
-    ]
+def broken(step: int, done: Update, folder: Path) -> str:
+    """Says which loss or gradient of an update is not finite, and how to go on."""
+    named = {f"loss on rank {rank}": loss for rank, loss in enumerate(done.losses)} | {"gradient": done.grad_norm}
+    culprits = ", ".join(f"the {name} is {figure}" for name, figure in named.items() if not math.isfinite(figure))
     return (
-        f"{records.num_parameters / 1e6:.1f}M parameters; {cfg.max_steps:,} steps, {' + '.join(epochs)}; "
-        f"a step is {cfg.total_batch_size:,} tokens = {process.world_size} x {process.device} x "
-        f"{data.windows.layout.accumulation} micro-steps x {cfg.batch_size} x {cfg.model.max_seq_len}; "
-        f"peak {records.peak / 1e12:.2f} TFLOP/s"
+        f"step {step}: {culprits}, which is not finite, so the run stops before this update; {ways_back(folder)}; "
+        "--skip_nonfinite N leaves up to N such updates out"
     )
 
 
@@ -316,50 +303,63 @@ def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_finite(step: int, figures: dict[str, float], out_dir: Path) -> None:
-    """Raises ValueError if one of the `figures` of a step is not a finite number, and names the last checkpoint."""
-    for name, figure in figures.items():
-        if not math.isfinite(figure):
-            last = checkpoints_in(out_dir / "checkpoints")
-            raise ValueError(
-                f"step {step}: the {name} is not finite, so the run stops; the last good checkpoint is "
-                f"{last[-1] if last else 'none'}; lower max_lr, or look at the data of this step"
-            )
+def due_at(step: int, cfg: Config) -> set[str]:
+    """The evaluations due at a step, by a field of their rows. The end of a run has all that are switched on."""
+    every = {"val_loss": cfg.val_every, "hellaswag_acc": cfg.hellaswag_every, "samples_end": cfg.generate_every}
+    due = {field for field, interval in every.items() if interval and (is_due(interval, step) or step == cfg.max_steps)}
+    if step == 0:
+        return due & {"val_loss"}
+    return due | ({"val_loss"} if step == cfg.max_steps else set())
+
+
+def run(cfg: Config, process: Process) -> int:
+    """Train in `out_dir`, where no other run may be. Returns the exit status."""
+    compare_ranks(config_as_dict(cfg), process)
+    lock = RunLock(cfg.out_dir)
+    try:
+        run_on_rank_zero(lock.acquire, process)
+        process.watch.chores.append(lock.beat)
+        with CheckpointSaver(Path(cfg.out_dir) / "checkpoints", cfg.keep_checkpoints) as saver:
+            process.watch.before_end = saver.wait
+            return train(cfg, process, saver)
+    finally:
+        lock.release()
 
 
 def main() -> int:
     """Read the flags, train, and turn errors into a sentence and an exit status."""
     allow_any_text_in_output()
-    process = None
+    process, status, cause, is_said = None, 1, "", False
     try:
         cfg = read_config(sys.argv[1:], ORIGINAL, SAMPLE, description=__doc__)
-        process = start_process(local_device(cfg.device))
-        status = dry_run(cfg, process, update) if cfg.dry_run else train(cfg, process)
-    except (ValueError, OSError, MemoryError, SourceError) as error:
-        # Before the process group exists, all ranks of a machine find the same error, so one of them prints it. Later
-        # a rank may fail alone, so each prints its own.
-        if local_rank() == 0 or process:
-            print(f"train.py{f' [rank {process.rank}]' if process and process.rank else ''}: {error}", file=sys.stderr)
-        return 1
-    except RankZeroFailed:
-        return 1
+        process = start_process(local_device(cfg.device), cfg.timeout)
+        status = dry_run(cfg, process, update) if cfg.dry_run else run(cfg, process)
+    except (ValueError, OSError, MemoryError, SourceError, FolderLocked) as error:
+        cause = str(error)
     except torch.OutOfMemoryError as error:
-        print(f"train.py: {str(error).splitlines()[0]} Halve --batch_size; the update stays the same", file=sys.stderr)
-        return 1
+        cause = f"{str(error).splitlines()[0]} Halve --batch_size; the update stays the same"
+    except RankZeroFailed:
+        cause, is_said = "rank zero has failed", True  # it says why
     except KeyboardInterrupt:
-        if process.is_main if process else local_rank() == 0:
-            print("train.py: interrupted outside of a training step; what was saved before is whole", file=sys.stderr)
-        return 130
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        status, cause = 130, "interrupted outside of a training step; what was saved before is whole"
+    except Exception as error:
+        if process and is_lost_connection(error):
+            cause = f"lost the other ranks: {process.watch.failures(3)} ({str(error).splitlines()[0]})"
+        else:
+            cause = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+    # Before the process group exists, all ranks of a machine find the same error, so one of them prints it. Later a
+    # rank may fail alone, so each prints its own.
+    if cause and not is_said and (process or local_rank() == 0):
+        print(f"train.py{f' [rank {process.rank}]' if process and process.rank else ''}: {cause}", file=sys.stderr)
+    if process:
+        end_process(process, cause)
     return status
 
 
 if __name__ == "__main__":
     exit_status = main()
-    if world_size() > 1:
-        # DDP keeps gloo's threads alive. One that wakes while the interpreter shuts down would abort the process.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_status)
-    sys.exit(exit_status)
+    # No thread and no worker process may keep this one alive: gloo's, the loader's, those of Weights & Biases.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_status)

@@ -41,11 +41,19 @@ def read_checkpoint(path: Path) -> dict:
 
 def rewrite_state(path: Path, **changes) -> None:
     """Change the state of the run in a checkpoint, and the mark that describes its files."""
-    file, mark = path / "training_state/state.json", path / "checkpoint.json"
+    file = path / "training_state/state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    rewrite_digests(path)
+
+
+def rewrite_digests(path: Path) -> None:
+    """Let the mark of a checkpoint describe its files as they are now."""
+    mark = path / "checkpoint.json"
     content = json.loads(mark.read_text())
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    content["files"]["training_state/state.json"] = {"size": file.stat().st_size, "sha256": digest}
+    for name in content["files"]:
+        file = path / name
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        content["files"][name] = {"size": file.stat().st_size, "sha256": digest}
     mark.write_text(json.dumps(content))
 
 

@@ -307,7 +307,9 @@ def test_another_mixture_is_refused_and_its_differences_are_named(tmp_path, stre
     make_windows(mixture(tmp_path), batch_size=1).check_state(saved)
     with pytest.raises(ValueError, match=r"quotas was \[700, 300\], is \[600, 400\]; restore"):
         make_windows(mixture(tmp_path, (0.6, 0.4))).check_state(saved)
-    with pytest.raises(ValueError, match=r"training tokens was \[257, 93\], is 257; quotas was \[700, 300\], is None"):
+    with pytest.raises(
+        ValueError, match=r"training tokens was \[257, 93\], is 257; .*quotas was \[700, 300\], is None"
+    ):
         make_windows(stream).check_state(saved)
     with pytest.raises(ValueError, match=r"quotas was None, is \[700, 300\]"):
         make_windows(mixture(tmp_path)).check_state(make_windows(stream).state())

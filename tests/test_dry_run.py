@@ -20,8 +20,8 @@ import records
 import train
 from config import config_as_dict, read_config
 from model import Transformer
-from model_utils import Process
 from preparation import prepare
+from processes import Process
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -178,7 +178,7 @@ def test_the_time_of_a_long_update_is_that_of_its_micro_steps(accumulation, seco
     """A clock that only the update moves: 3 seconds for each micro-step and 2 for the rest."""
     clock = [0.0]
 
-    def step(model, *, batches, cfg, accumulation):
+    def step(model, *, batches, cfg, accumulation, process):
         next(batches)
         clock[0] += 2 + 3 * accumulation
 
@@ -228,7 +228,7 @@ def test_a_batch_that_leaves_no_margin_does_not_fit(monkeypatch):
     """A GPU's peak is simulated: 100 bytes for each sequence, of 850."""
     peak = [0]
 
-    def step(model, *, batches, cfg, accumulation):
+    def step(model, *, batches, cfg, accumulation, process):
         peak[0] = 100 * len(next(batches)[0])
 
     class Gpu:

@@ -7,7 +7,7 @@ import torch
 
 from evaluation import draw_samples, eager_mode
 from model import ModelConfig, Transformer
-from model_utils import Process
+from processes import Process
 from tokenizer import Tokenizer
 from train import SAMPLE
 
@@ -39,11 +39,10 @@ def test_evaluations_do_not_run_compiled_code():
     assert len(compiled) == 1
 
 
-def test_rank_zero_alone_draws_samples_and_the_step_decides_which():
+def test_the_step_decides_which_samples_are_drawn():
     torch.manual_seed(0)
     cfg = replace(SAMPLE, prompts=("abc", "the "), generate_tokens=8, temperature=1.0, model=TINY)
     model, tokenizer = Transformer(TINY).eval(), Tokenizer(vocab_size=512)
-    assert draw_samples(model, tokenizer, cfg, Process(1, 2, CPU), 5) == {}
-    rows = [draw_samples(model, tokenizer, cfg, Process(0, 2, CPU), step) for step in (5, 5, 6)]
+    rows = [draw_samples(model, tokenizer, cfg, Process(0, 1, CPU), step)[0] for step in (5, 5, 6)]
     assert rows[0] == rows[1] != rows[2]
     assert [text[:3] for text in rows[0]["samples"]] == ["abc", "the"]

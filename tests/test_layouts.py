@@ -159,7 +159,7 @@ def test_the_names_are_transformers(tmp_path):
         (lambda folder: change(folder, attention_bias=True), "attention_bias is True, not False"),
         (lambda folder: change(folder, head_dim=16), "head_dim is 16, not hidden_size / num_attention_heads = 8"),
         (lambda folder: change(folder, vocab_size=32_000, hidden_size=None), "hidden_size is missing"),
-        (lambda folder: change(folder, vocab_size=151_936), "vocab_size is 151936, not 512 to 128256"),
+        (lambda folder: change(folder, vocab_size=151_936), "vocab_size=151936: must be 512 to 128256"),
         (lambda folder: change(folder, rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_type is 'yarn'"),
         (lambda folder: change(folder, rope_scaling={"type": "linear", "factor": 2.0}), "rope_type is 'linear'"),
         (lambda folder: change(folder, rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor is None"),

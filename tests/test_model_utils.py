@@ -1,7 +1,6 @@
 """model_utils.py: processes, the wrapped model, records. The tests need only a CPU and no network."""
 
 import builtins
-import ctypes
 import json
 import os
 import struct
@@ -10,7 +9,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,16 +20,14 @@ from model import ModelConfig, Transformer
 from model_utils import (
     MixedPrecision,
     NullRun,
-    Process,
     autocast,
     cast_weights,
     flops_per_token,
-    start_process,
     start_wandb,
-    sum_over_processes,
     wrap_model,
 )
 from optimizers import build_optimizers
+from processes import Process
 from records import MetricsLog, start_tensorboard
 from train import ORIGINAL
 
@@ -51,40 +47,6 @@ def set_ranks(monkeypatch, local_rank: int, world_size: int) -> None:
     for name, value in (("RANK", local_rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", world_size)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world_size))
-
-
-# ---------------------------------------------------------------- processes
-
-
-def test_processes_share_the_cores_that_they_may_use(monkeypatch):
-    """A container or a batch job has only a part of the machine's cores."""
-    set_ranks(monkeypatch, 1, 2)
-    threads = []
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args: None)
-    assert start_process(torch.device("cpu")).world_size == 2
-    assert threads == [3]
-
-
-def test_process_on_a_cpu_keeps_freed_memory(monkeypatch):
-    """A stand-in for the C library notes the two switches: M_MMAP_MAX and M_TRIM_THRESHOLD."""
-    switches = {}
-    library = SimpleNamespace(mallopt=switches.__setitem__)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    start_process(torch.device("cpu"))
-    assert switches == {-4: 0, -1: -1}
-
-
-def test_only_the_main_process_prints(capsys):
-    for rank in (0, 1):
-        Process(rank, 2, torch.device("cpu")).print("rank", rank)
-    assert capsys.readouterr().out == "rank 0\n"
-
-
-def test_sum_over_one_process_is_its_own_values():
-    assert sum_over_processes([1.5, 2.0], torch.device("cpu")) == [1.5, 2.0]
 
 
 # ---------------------------------------------------------------- the model, as the loop trains it
@@ -308,7 +270,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from dataclasses import replace
 import torch
-from model_utils import Process, start_wandb
+from model_utils import start_wandb
+from processes import Process
 from records import MetricsLog
 from train import ORIGINAL
 

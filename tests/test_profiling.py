@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model_utils import Process
+from processes import Process
 from profiling import StepProfiler, start_profiler
 
 CPU = torch.device("cpu")

@@ -145,7 +145,7 @@ def test_another_tokenizer_is_refused(folder):
 @pytest.mark.parametrize("dtype", ["uint8", "uint32", "int16", "float32", "no dtype", None])
 def test_another_dtype_than_the_vocabularys_is_refused(folder, dtype):
     change_manifest(folder, dtype=dtype)
-    with pytest.raises(ValueError, match=rf"manifest\.json: dtype {dtype} .*uint16.*prepare the folder anew"):
+    with pytest.raises(ValueError, match=rf"manifest\.json: dtype {dtype!r} .*uint16.*prepare the folder anew"):
         open_stream(folder)
 
 
@@ -308,6 +308,8 @@ def test_an_id_outside_the_vocabulary_is_named_even_where_the_hash_is_right(copi
 def test_verify_counts_a_shard_again(copied, monkeypatch, capsys, key):
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["shards"][1][key] += 1
+    manifest["tokens"] += key == "tokens"
+    manifest["documents"] += key == "documents"
     (copied / "manifest.json").write_text(json.dumps(manifest))
     status, _, err = main(monkeypatch, capsys, copied, "--verify")
     assert status == 1
@@ -331,9 +333,12 @@ def change(manifest, key, value):
     ("damage", "words"),
     [
         (lambda manifest: change(manifest, "format_version", 2), "manifest.json: format 2, this code reads 1"),
-        (lambda manifest: change(manifest, "dtype", "uint32"), "manifest.json: dtype uint32 where uint16 is due"),
-        (lambda manifest: change(manifest["shards"][2], "split", "val"), "train_000002.npy: the manifest has"),
-        (lambda manifest: manifest["shards"].reverse(), "val_000000.npy: the manifest has edufineweb_train_000004"),
+        (lambda manifest: change(manifest, "dtype", "uint32"), "manifest.json: dtype 'uint32' where uint16 is due"),
+        (
+            lambda manifest: change(manifest["shards"][2], "split", "val"),
+            "of split 'val' in the place of edufineweb_train_000002.npy",
+        ),
+        (lambda manifest: manifest["shards"].reverse(), "in the place of edufineweb_val_000000.npy"),
     ],
 )
 def test_verify_refuses_a_manifest_that_no_loader_takes_or_in_another_order(copied, monkeypatch, capsys, damage, words):
@@ -352,7 +357,7 @@ def test_missing_and_extra_shards_are_named(copied, monkeypatch, capsys):
     extra.unlink()
     (copied / "edufineweb_train_000003.npy").unlink()
     status, _, err = main(monkeypatch, capsys, copied, "--verify")
-    assert status == 1 and "edufineweb_train_000003.npy: No such file" in err
+    assert status == 1 and "edufineweb_train_000003.npy: listed in the manifest but missing" in err
 
 
 @pytest.mark.parametrize("flag", ["--verify", "--stats"])

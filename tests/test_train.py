@@ -20,13 +20,16 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from checkpoint_files import copy_checkpoint, read_checkpoint, rewrite_state, size_of
+from tiny_run import ROOT, STEPS, TOKENS_PER_STEP, TRAIN, VOCAB
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,10 +44,7 @@ from preparation import prepare
 from shards import TokenStream
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-TRAIN = ROOT / "train.py"
-STEPS, VOCAB, TOKENS_PER_STEP = 40, 512, 256
-FLOPS_PER_TOKEN = 270_336  # for the model of `flags_for`; test_model_utils.py counts it by hand
+FLOPS_PER_TOKEN = 270_336  # for the model of `tiny_flags`; test_model_utils.py counts it by hand
 
 # ---------------------------------------------------------------- helpers
 
@@ -76,71 +76,14 @@ def plain_environment():
 
 @pytest.fixture(scope="module")
 def tiny_corpus(tmp_path_factory) -> Path:
-    """Random words: about 8,100 training tokens, so that 40 steps of 256 cross from one epoch into the next."""
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(100)]
-    for i in range(5):
-        (folder / f"{i}.txt").write_text(" ".join(draw.choices(words, k=380)))
-    root = folder / "prepared"
-    files = [str(folder / f"{i}.txt") for i in range(5)]
-    manifest = prepare(files[1:], root, vocab_size=VOCAB, val_source=files[:1], show_progress=False)
-    training_tokens = manifest["shards"][1]["tokens"]
-    assert 20 * TOKENS_PER_STEP < training_tokens < STEPS * TOKENS_PER_STEP
-    return root
+    return tiny_run.tiny_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
 def flags_for(tiny_corpus, tmp_path_factory):
     """A function that returns flags, with the given changes, for a run into `out_dir` that takes a second."""
-    questions = tmp_path_factory.mktemp("questions") / "hellaswag_val.jsonl"
-    with open(questions, "w") as file:
-        for label in range(4):
-            row = {"ctx": "the cat sat", "endings": ["on a mat", "in a hat", "by a bat", "at a vat"], "label": label}
-            file.write(json.dumps(row) + "\n")
-
-    def flags(out_dir: Path, **changes) -> list[str]:
-        fields = {
-            "data_root": tiny_corpus,
-            "hellaswag_path": questions,
-            "out_dir": out_dir,
-            "model.dim": 32,
-            "model.n_layers": 2,
-            "model.n_heads": 4,
-            "model.n_kv_heads": 2,
-            "model.vocab_size": VOCAB,
-            "model.multiple_of": 32,
-            "model.max_seq_len": 32,
-            "batch_size": 2,
-            "total_batch_size": TOKENS_PER_STEP,  # 4 micro-steps on one process, 2 on two
-            "max_steps": STEPS,
-            "warmup_steps": 4,
-            "max_lr": 1e-3,
-            "device": "cpu",
-            "dtype": "float32",
-            "compile": False,
-            "val_every": 10,
-            "val_tokens": 512,
-            "hellaswag_every": 0,
-            "generate_every": 0,
-            "generate_tokens": 8,
-            "prompts": ["abc", "the "],
-            "save_every": 20,
-        }
-        fields |= {name.replace("__", "."): value for name, value in changes.items()}
-        words = []
-        for name, value in fields.items():
-            words += [f"--{name}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
-        return words
-
-    return flags
-
-
-def changed(flags: list[str], *extra: str) -> list[str]:
-    """`flags` with the pairs `extra`, in the place of those of the same name."""
-    names = {word for word in extra if word.startswith("--")}
-    dropped = {i for i, word in enumerate(flags) if word in names}
-    return [word for i, word in enumerate(flags) if i not in dropped and i - 1 not in dropped] + [*extra]
+    questions = tiny_run.write_questions(tmp_path_factory.mktemp("questions"))
+    return partial(tiny_run.tiny_flags, tiny_corpus, questions)
 
 
 def train_in_these_streams(flags: list[str]) -> int:
@@ -508,7 +451,7 @@ def test_resumed_run_goes_on_with_the_saved_random_state(whole, whole_flags, tmp
     version, numbers, gauss = random.Random(7).getstate()
     torchs = torch.Generator().manual_seed(7).get_state().numpy().tobytes().hex()
     rewrite_state(path, random_state={"python": [version, list(numbers), gauss], "torch": torchs})
-    result = train_here(whole_flags(tmp_path / "run", resume=True, max_steps=36))
+    result = train_here(whole_flags(tmp_path / "run", resume=True, max_steps=36, allow_config_change=True))
     assert result.status == 0, result.err
     state = checkpoint_of(tmp_path / "run", 36)["random_state"]
     assert state["python"] == [version, list(numbers), gauss]
@@ -693,7 +636,10 @@ def test_resume_without_a_checkpoint_begins_anew_and_has_each_row_once(flags_for
 def test_learning_rate_flag_takes_effect_in_a_resumed_run(whole, whole_flags, tmp_path):
     out_dir = copy_checkpoint(whole, 35, tmp_path / "run")
     with settings_of_updates() as settings:
-        assert train_here(whole_flags(out_dir, resume=True, max_lr=1e-4)).status == 0
+        assert_refused(train_here(whole_flags(out_dir, resume=True, max_lr=1e-4)), "max_lr was 0.001, is 0.0001")
+        assert train_here(whole_flags(out_dir, resume=True, max_lr=1e-4, allow_config_change=True)).status == 0
+    [change] = rows_of(out_dir, "config_change")
+    assert change["step"] == 35 and change["config_change"] == {"max_lr": [1e-3, 1e-4]}
     last = rows_of(out_dir)[-1]
     assert last["lr"] == pytest.approx(1e-5)  # a tenth of the peak at the last step
     assert settings[-1][1]["lr"] == pytest.approx(last["lr"])
@@ -701,8 +647,8 @@ def test_learning_rate_flag_takes_effect_in_a_resumed_run(whole, whole_flags, tm
 
 def test_best_checkpoint_has_the_lowest_validation_loss_even_after_a_resume(flags_for, tmp_path, monkeypatch):
     losses = iter([9.0, 3.0, 2.0, 2.5, 2.2, 2.1, 1.9])  # at steps 0 to 4, then at 5 and 6
-    monkeypatch.setattr(train, "validate", lambda *args: {"val_loss": next(losses), "val_bpb": 1.0})
-    every_step = {"val_every": 1, "save_every": 1, "keep_checkpoints": 1}
+    monkeypatch.setattr(train, "validate", lambda *args: ({"val_loss": next(losses), "val_bpb": 1.0}, 0))
+    every_step = {"val_every": 1, "save_every": 1, "keep_checkpoints": 1, "allow_config_change": True}
 
     def best_step() -> int:
         return int((tmp_path / "checkpoints/best").read_text().removeprefix("step_"))
@@ -954,7 +900,7 @@ def test_tokens_per_second_leave_out_evaluating_and_saving(flags_for, tmp_path, 
         return sleeping
 
     monkeypatch.setattr(train, "validate", slow(train.validate))
-    monkeypatch.setattr(train, "save_checkpoint", slow(train.save_checkpoint))
+    monkeypatch.setattr(train.CheckpointSaver, "save", slow(train.CheckpointSaver.save))
     began = time.perf_counter()
     result = train_here(flags_for(tmp_path, max_steps=3, val_every=2, save_every=2))
     assert result.status == 0, result.err
@@ -1183,16 +1129,17 @@ def test_resume_refuses_flags_that_do_not_fit_the_checkpoint(whole, whole_flags,
     assert files_in(out_dir) == before
 
 
-def test_damaged_newest_checkpoint_is_named_and_not_skipped(whole, whole_flags, tmp_path):
+def test_damaged_newest_checkpoint_is_named_and_kept_aside(whole, whole_flags, tmp_path):
     out_dir = copy_checkpoint(whole, 20, tmp_path / "run")
     damaged = shutil.copytree(out_dir / "checkpoints/step_00000020", out_dir / "checkpoints/step_00000025")
     file = damaged / "training_state/optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    before = files_in(out_dir)
-    assert_refused(train_here(whole_flags(out_dir, resume=True)), str(file), "older")
-    assert files_in(out_dir) == before
-    shutil.rmtree(damaged)
-    assert train_here(whole_flags(out_dir, resume=True, max_steps=21)).status == 0
+    before = files_in(damaged)
+    result = train_here(whole_flags(out_dir, resume=True))
+    assert result.status == 0, result.err
+    assert f"{damaged}: " in result.out and "trying the one before" in result.out
+    assert files_in(out_dir / "checkpoints/aside/step_00000025") == before
+    assert_same_bits(out_dir, whole, first_step=21)
 
 
 def test_checkpoint_without_a_run_is_refused_by_resume(whole, whole_flags, tmp_path):
@@ -1219,11 +1166,15 @@ def test_a_run_begins_with_the_weights_of_another(whole, flags_for, tmp_path):
     config = json.loads((tmp_path / "run/config.json").read_text())["model"]
     assert config["dim"] == 32 and config["vocab_size"] == VOCAB
     assert (
-        train_here(changed(flags, "--resume", "True", "--max_steps", "3")).status == 0
+        train_here(tiny_run.changed(flags, "--resume", "True", "--profile", "0")).status == 0
     )  # goes on with its own weights
     assert_refused(train_here([*flags, "--model.dim", "64"]), "model.dim=64", "has 32", "leave the flag out")
-    assert_refused(train_here(changed(flags, "--model.max_seq_len", "64")), "model.max_seq_len=64", "only 32 positions")
-    assert_refused(train_here(changed(flags, "--init_from", "nowhere")), "init_from=nowhere", "no checkpoint there")
+    assert_refused(
+        train_here(tiny_run.changed(flags, "--model.max_seq_len", "64")), "model.max_seq_len=64", "only 32 positions"
+    )
+    assert_refused(
+        train_here(tiny_run.changed(flags, "--init_from", "nowhere")), "init_from=nowhere", "no checkpoint there"
+    )
 
 
 @pytest.mark.parametrize(
@@ -1278,8 +1229,9 @@ def test_validation_data_shorter_than_a_sequence_is_refused_at_the_start(
 
 def test_too_little_disk_for_the_checkpoints_is_refused_at_the_start(flags_for, tmp_path, monkeypatch):
     """The run needs room for the newest two, for the best one, and for the next one while it is written."""
-    flags = flags_for(tmp_path / "run", max_steps=40, save_every=5, keep_checkpoints=2, val_every=0)
-    assert train_here(changed(flags, "--max_steps", "5")).status == 0
+    fields = {"max_steps": 40, "save_every": 5, "keep_checkpoints": 2, "val_every": 0, "allow_config_change": True}
+    flags = flags_for(tmp_path / "run", **fields)
+    assert train_here(tiny_run.changed(flags, "--max_steps", "5")).status == 0
     before, size = files_in(tmp_path), size_of(tmp_path / "run/checkpoints/step_00000005")
     usage = shutil.disk_usage(tmp_path)
     for extra, count, free in [
@@ -1290,13 +1242,13 @@ def test_too_little_disk_for_the_checkpoints_is_refused_at_the_start(flags_for, 
         (["--resume", "True", "--save_every", "0"], 1, size // 2),
     ]:
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
-        result = train_here(changed(flags, *extra))
+        result = train_here(tiny_run.changed(flags, *extra))
         assert_refused(result, str(tmp_path / "run/checkpoints"), f"up to {count} checkpoint", f"has {free:,}")
         assert_refused(result, "--keep_checkpoints", "--out_dir")
         assert len(result.err.splitlines()) == 1
         assert files_in(tmp_path) == before  # the earlier run is still in its place
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * size))
-    assert train_here(changed(flags, "--resume", "True", "--max_steps", "6")).status == 0
+    assert train_here(tiny_run.changed(flags, "--resume", "True", "--max_steps", "6")).status == 0
 
 
 def test_folder_that_cannot_be_written_to_is_refused_at_the_start(flags_for, tmp_path, monkeypatch):
@@ -1319,9 +1271,8 @@ def test_folder_that_cannot_be_written_to_is_refused_at_the_start(flags_for, tmp
     shutil.rmtree(run)
     run.touch()
     results.append(train_here(flags))
-    for result, reason in zip(
-        results, ["Permission denied", "checkpoints is not a folder", "run is not a folder"], strict=True
-    ):
+    reasons = ["Permission denied", "checkpoints is not a folder", "run is not a folder"]
+    for result, reason in zip(results, reasons, strict=True):
         assert_refused(result, f"out_dir={run}: ", reason, "choose another --out_dir")
         assert len(result.err.splitlines()) == 1 and "step " not in result.out
 
@@ -1408,7 +1359,7 @@ def test_loss_that_is_not_a_number_stops_the_run_and_leaves_a_good_checkpoint(fl
 
 def test_learning_rate_far_too_high_stops_the_run(flags_for, tmp_path):
     result = train_here(flags_for(tmp_path, max_lr=1e30, warmup_steps=0, val_every=0, save_every=0))
-    assert_refused(result, "step", "not finite", "checkpoint is none", "max_lr")
+    assert_refused(result, "step", "not finite", "there is no checkpoint", "max_lr")
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert not list(tmp_path.rglob("step_*"))
 
@@ -1443,8 +1394,8 @@ def file_size_limit(size: int):
 
 
 def test_full_disk_gives_one_sentence_and_leaves_the_older_checkpoint_whole(flags_for, tmp_path):
-    flags = flags_for(tmp_path, max_steps=4, save_every=2, val_every=0)
-    assert train_here(changed(flags, "--max_steps", "2")).status == 0
+    flags = flags_for(tmp_path, max_steps=4, save_every=2, val_every=0, allow_config_change=True)
+    assert train_here(tiny_run.changed(flags, "--max_steps", "2")).status == 0
     older = tmp_path / "checkpoints/step_00000002"
     before = files_in(tmp_path / "checkpoints")
     with file_size_limit(100_000):

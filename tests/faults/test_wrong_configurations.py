@@ -5,9 +5,9 @@ Most cases call `read_config` here. A few start train.py, alone and as two proce
 
 import errno
 import importlib.util
-import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -22,8 +22,8 @@ import config
 import train
 from config import config_errors, read_config
 from environment import PLACE, TASKS
-from layouts import hf_config
-from model import ModelConfig
+from model import ModelConfig, Transformer
+from model_folders import write_model
 from train import ORIGINAL, SAMPLE
 
 pytestmark = pytest.mark.faults
@@ -36,20 +36,27 @@ BASE = {"data_root": "prepared", "hellaswag_path": "rows.jsonl", "out_dir": "run
 BASE |= {"total_batch_size": "65536", "dtype": "float32"}
 
 
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory) -> Path:
+    model = Transformer(ModelConfig(32, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=512, multiple_of=32))
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, dict(model.named_parameters()), model.config)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, small_model):
     """A folder with corpora, rows and a model, without torchrun. A process group fails the test."""
     for name in (*PLACE, *TASKS, "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("a process group"))
     monkeypatch.chdir(tmp_path)
-    for folder in ("prepared", "nested/prepared", "nested/model", "damaged"):
+    for folder in ("prepared", "nested/prepared", "damaged"):
         Path(folder).mkdir(parents=True)
     for file in ("prepared/manifest.json", "nested/prepared/manifest.json", "rows.jsonl", "nested/rows.jsonl"):
         Path(file).touch()
     Path("damaged/checkpoints").touch()  # a file where a folder is due
-    Path("nested/model/model.safetensors").touch()
-    Path("nested/model/config.json").write_text(json.dumps(hf_config(ModelConfig())))
+    shutil.copytree(small_model, "nested/model")
     Path("dangling").symlink_to("nowhere")
     return tmp_path
 
@@ -224,7 +231,7 @@ WRONG_PATHS = {
     "--hellaswag_path prepared": f"hellaswag_path=prepared: {NO_ROWS}",
     "--hellaswag_path ''": f"hellaswag_path=: {NO_ROWS}",
     "--init_from nowhere": "init_from=nowhere: nowhere: no checkpoint there; give a run directory",
-    "--init_from nested/model --model.dim 64": "model.dim=64: nested/model has 768; leave the flag out",
+    "--init_from nested/model --model.dim 64": "model.dim=64: nested/model has 32; leave the flag out",
     "--resume runs/nowhere": f"resume=runs/nowhere: {NO_FOLDER}",
     "--resume true": f"resume=true: {NO_FOLDER}",
     "--resume yes": f"resume=yes: {NO_FOLDER}",

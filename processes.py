@@ -1,0 +1,214 @@
+"""The processes of a run: how they start, what they agree on, how they wait for one another.
+
+torchrun starts a process for each device, a rank. Ranks meet in collectives (sums over all of them). A rank that waits
+there for one that never comes would wait for ever, so no rank alone raises, waits or leaves: what one finds, all learn
+before the next collective. watch.py is for what nobody can foresee: signals, ranks that fail or fall silent.
+"""
+
+import itertools
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from config import rank, world_size
+from hardware import keep_freed_memory
+from threads import num_cores
+from watch import PERIOD, Watch
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process's place among those that torchrun started. A process alone is rank 0 of 1."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    watch: Watch | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def stop(self) -> int:
+        """The stop signal that this process has heard of, or 0. Others may not have heard of it yet."""
+        return self.watch.stop if self.watch else 0
+
+    def is_told_to_stop(self) -> bool:
+        return self.stop != 0
+
+    def alone(self) -> "Process":
+        """This process without the others."""
+        return replace(self, rank=0, world_size=1)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank zero alone."""
+        if self.is_main:
+            print(*args, flush=True, **kwargs)
+
+
+def start_process(device: torch.device, timeout: int = 600) -> Process:
+    """Join the process group (NCCL between GPUs, gloo between CPUs) if torchrun started this process.
+
+    From here on stop signals are noted, and end the run when it asks for them.
+
+    Args:
+        timeout: seconds that a rank waits for another one in a collective.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before the group exists, because NCCL takes the current device
+    if device.type == "cpu":
+        keep_freed_memory()
+    store = None
+    if world_size() > 1:
+        limit = timedelta(seconds=timeout)
+        if device.type == "cpu":  # torchrun sets one thread a process, however many cores there are
+            torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+            dist.init_process_group("gloo", timeout=limit)
+        else:
+            dist.init_process_group("nccl", timeout=limit, device_id=device)
+        store = shared_store(device, limit)
+    process = Process(rank(), world_size(), device, Watch(rank(), world_size(), store, timeout))
+    process.watch.start()
+    return process
+
+
+def shared_store(device: torch.device, limit: timedelta) -> dist.Store:
+    """A store of this run alone. After a restart torchrun's store still has the keys of the time before."""
+    number = torch.tensor([secrets.randbits(62)], device=device)
+    dist.broadcast(number, src=0)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(f"run {number.item()}", dist.TCPStore(host, port, is_master=False, timeout=limit))
+
+
+def end_process(process: Process, cause: str) -> None:
+    """Leave the other ranks: as one that is done, or as one that has failed with a `cause`."""
+    if cause:
+        process.watch.fail(cause)
+        if process.is_main and process.world_size > 1 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+            time.sleep(2 * PERIOD)  # without torchrun this process hosts the store, in which the others read the cause
+    process.watch.close()
+    if dist.is_initialized() and not cause:
+        sum_over_processes([0.0], process)  # no rank ends while another one still needs the store
+        dist.destroy_process_group()
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective has failed because of another rank. gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+# ---------------------------------------------------------------- what all ranks learn
+
+
+def sum_over_processes(values: list[float], process: Process) -> list[float]:
+    """Element-wise sum of a few numbers over all processes, in float64."""
+    if process.world_size == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=process.device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather(value: float, process: Process) -> list[float]:
+    """The number of each rank, by rank."""
+    table = [0.0] * process.world_size
+    table[process.rank] = value
+    return sum_over_processes(table, process)
+
+
+def agree_on_stop(process: Process) -> int:
+    """The largest stop signal that any rank has heard of, the same on all ranks; 0 if none has."""
+    return int(max(gather(process.stop, process)))
+
+
+def share_loss_and_stop(loss: float, process: Process) -> tuple[list[float], int]:
+    """Every rank's loss, and what `agree_on_stop` returns, in one small all-reduce."""
+    table = [0.0] * (2 * process.world_size)
+    table[process.rank], table[process.world_size + process.rank] = loss, process.stop
+    table = sum_over_processes(table, process)
+    return table[: process.world_size], int(max(table[process.world_size :]))
+
+
+class RankZeroFailed(Exception):
+    """What rank zero did for all has failed there. Rank zero says why."""
+
+
+_numbers = itertools.count()  # of the keys in the store; the same on all ranks
+
+
+def run_on_rank_zero(work: Callable[[], Any], process: Process) -> Any:
+    """Do `work` on rank zero while the other ranks wait, as long as it takes. If it fails there, all ranks end.
+
+    Returns what `work` returns, plain JSON data, on all ranks.
+
+    Raises:
+        Exception: what `work` raised, on rank zero. RankZeroFailed on the other ranks.
+    """
+    if process.world_size == 1:
+        return work()
+    key = f"work {next(_numbers)}"
+    if not process.is_main:
+        answer = json.loads(process.watch.wait_for(key))
+        if "failed" in answer:
+            raise RankZeroFailed
+        return answer["result"]
+    try:
+        result = work()
+    except BaseException:
+        process.watch.store.set(key, json.dumps({"failed": True}))
+        raise
+    process.watch.store.set(key, json.dumps({"result": result}))
+    return result
+
+
+def compare_ranks(facts: dict[str, Any], process: Process) -> None:
+    """Compare what ranks on different machines must have in common.
+
+    Args:
+        facts: by name; plain JSON data.
+
+    Raises:
+        ValueError: ranks differ, on every rank alike. The message has each difference, and who has what.
+    """
+    if process.world_size == 1:
+        return
+    keys = [f"facts {next(_numbers)} of {number}" for number in range(process.world_size)]
+    process.watch.store.set(keys[process.rank], json.dumps(facts))
+    of_ranks = [json.loads(process.watch.wait_for(key)) for key in keys]
+    lines = []
+    for name in dict.fromkeys(name for theirs in of_ranks for name in theirs):
+        ranks: dict[str, list[int]] = {}
+        for number, theirs in enumerate(of_ranks):
+            ranks.setdefault(str(theirs.get(name)), []).append(number)
+        if len(ranks) > 1:
+            lines.append(f"{name}: " + "; ".join(f"{value} on {named_ranks(which)}" for value, which in ranks.items()))
+    if lines:
+        raise ValueError(
+            "the ranks of this run differ, so they would train apart; give all of them the same flags, code and shared "
+            "folders\n" + "\n".join(lines)
+        )
+
+
+def named_ranks(ranks: list[int]) -> str:
+    """`rank 3`, or `ranks 0-2, 5`."""
+    runs: list[list[int]] = []
+    for number in ranks:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {words}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nOther files import this one. Run train.py.")

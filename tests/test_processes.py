@@ -1,0 +1,357 @@
+"""processes.py, watch.py: what ranks agree on, how they wait for one another, and how they end."""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_model_utils import set_ranks
+
+import processes
+import watch
+from processes import Process, agree_on_stop, gather, named_ranks, run_on_rank_zero, start_process, sum_over_processes
+from watch import SIGNALS, Watch
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def watching():
+    """A watch in this process, which is closed at the end."""
+    watch = Watch()
+    watch.start()
+    yield watch
+    watch.close()
+
+
+# ---------------------------------------------------------------- one process
+
+
+def test_processes_share_the_cores_that_they_may_use(monkeypatch):
+    """A container or a batch job has only a part of the machine's cores."""
+    set_ranks(monkeypatch, 1, 2)
+    threads = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(processes, "shared_store", lambda device, limit: None)
+    process = start_process(CPU)
+    process.watch.close()
+    assert process.world_size == 2
+    assert threads == [3]
+
+
+def test_process_on_a_cpu_keeps_freed_memory(monkeypatch):
+    """A stand-in for the C library notes the two switches: M_MMAP_MAX and M_TRIM_THRESHOLD."""
+    switches = {}
+    library = SimpleNamespace(mallopt=switches.__setitem__)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    start_process(CPU).watch.close()
+    assert switches == {-4: 0, -1: -1}
+
+
+def test_only_the_main_process_prints(capsys):
+    for rank in (0, 1):
+        Process(rank, 2, CPU).print("rank", rank)
+    assert capsys.readouterr().out == "rank 0\n"
+
+
+def test_one_process_agrees_with_itself():
+    process = Process(0, 1, CPU)
+    assert sum_over_processes([1.5, 2.0], process) == [1.5, 2.0]
+    assert gather(3.0, process) == [3.0] and agree_on_stop(process) == 0
+    assert run_on_rank_zero(lambda: {"a": 1}, process) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"), [([3], "rank 3"), ([0, 1, 2, 5], "ranks 0-2, 5"), ([0, 2, 4, 5], "ranks 0, 2, 4-5")]
+)
+def test_ranks_are_named_in_runs(ranks, words):
+    assert named_ranks(ranks) == words
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_stop_signal_is_noted_and_its_handler_restored(number):
+    before, watch = signal.getsignal(number), Watch()
+    watch.start()
+    try:
+        assert watch.stop == 0
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+        assert watch.stop == number
+        assert Process(0, 1, CPU, watch).is_told_to_stop() and agree_on_stop(Process(0, 1, CPU, watch)) == number
+    finally:
+        watch.close()
+    assert signal.getsignal(number) == before
+
+
+def test_the_first_signal_counts_and_one_soon_after_is_the_same_wish(watching):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.1)
+    assert watching.stop == signal.SIGTERM
+
+
+def test_a_signal_is_heard_while_the_main_thread_is_in_c_code():
+    """As in a long product: the handler in Python cannot run. The child's `beat` shows that the watch has heard."""
+    code = """
+        import os, signal, threading, time
+        from watch import Watch
+        heard = []
+        watch = Watch()
+        watch._hear = lambda number: heard.append((number, time.monotonic()))
+        watch.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        began = time.monotonic()
+        import ctypes
+        ctypes.CDLL(None).usleep.restype = ctypes.c_int
+        while time.monotonic() - began < 2:
+            ctypes.CDLL(None).usleep(2_000_000)
+        print(heard[0][0], heard[0][1] - began < 1.5)
+        watch.close()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == [str(int(signal.SIGTERM)), "True"], done
+
+
+@pytest.mark.parametrize(("pause", "status"), [(0.2, 0), (2.5, 128 + signal.SIGTERM)])
+def test_a_second_signal_much_later_ends_the_process_at_once(pause, status):
+    code = f"""
+        import os, signal, time
+        from watch import Watch
+        watch = Watch()
+        watch.start()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep({pause})
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        watch.close()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == status, done
+    assert ("ends at once" in done.stderr) == (status != 0)
+
+
+def test_an_ignored_hang_up_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    watch = Watch()
+    try:
+        watch.start()
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.05)
+        assert watch.stop == 0
+        watch.close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_step_far_longer_than_usual_prints_the_stacks_once(watching, monkeypatch, capfd):
+    monkeypatch.setattr(watch, "LEAST_SLOW", 0.5)
+    monkeypatch.setattr(watch, "PERIOD", 0.1)
+    watching._wake()
+    for step in range(4):
+        watching.begin(step)
+        watching.end("")
+    assert "takes more than" not in capfd.readouterr().err
+    watching.begin(4)
+    time.sleep(1.5)
+    watching.end("")
+    err = capfd.readouterr().err
+    assert err.count("step 4 takes more than 10 times the usual") == 1
+    assert "test_a_step_far_longer_than_usual" in err  # in the stack of the main thread
+
+
+# ---------------------------------------------------------------- several ranks
+# They share a real store. Each is a watch in this process, or a process of its own.
+
+
+@pytest.fixture
+def store():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return torch.distributed.TCPStore("127.0.0.1", port, is_master=True, timeout=timedelta(seconds=20))
+
+
+def record_of(rank: int, **changes) -> str:
+    record = {"host": socket.gethostname(), "pid": 2**22 + 1, "beat": 1, "at": "step 7", "failed": "", "stop": 0}
+    return json.dumps(record | changes)
+
+
+def test_a_signal_to_one_rank_reaches_the_other(store, monkeypatch):
+    monkeypatch.setattr(watch, "PERIOD", 0.05)
+    store.set("rank/1", record_of(1))
+    other = Watch(0, 2, store)
+    other.start()
+    try:
+        time.sleep(0.2)
+        assert other.stop == 0
+        store.set("rank/1", record_of(1, stop=int(signal.SIGUSR1)))
+        time.sleep(0.3)
+        assert other.stop == signal.SIGUSR1
+        assert json.loads(store.get("rank/0"))["stop"] == signal.SIGUSR1
+    finally:
+        other.close()
+    assert json.loads(store.get("rank/0"))["ended"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"failed": "OSError: the disk is full"}, "rank 1 has failed at step 7: OSError: the disk is full"),
+        ({}, "at step 7) has given no sign of life for 0.5 seconds"),
+    ],
+)
+def test_a_rank_that_has_failed_or_fallen_silent_ends_the_others(store, monkeypatch, capfd, changes, words):
+    """The main thread may wait in a collective for ever. So the watch ends the process."""
+    ends, waited = [], []
+    monkeypatch.setattr(watch, "PERIOD", 0.05)
+    monkeypatch.setattr(watch, "LAST_SECONDS", 0.3)
+    monkeypatch.setattr(os, "_exit", lambda status: ends.append(status))
+    store.set("rank/1", record_of(1, **changes))
+    other = Watch(0, 2, store, timeout=0.5)
+    other.before_end = lambda: waited.append(1)
+    other.start()
+    try:
+        deadline = time.monotonic() + 10
+        while not ends and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert ends and ends[0] == 1 and waited
+        assert words.partition(" for 0.5")[0] in other.failures(0)
+    finally:
+        other.close()
+    err = capfd.readouterr().err
+    assert err.count("so this rank ends too") == 1 and words in err
+
+
+def test_a_rank_that_has_ended_may_be_silent(store, monkeypatch):
+    monkeypatch.setattr(watch, "PERIOD", 0.05)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
+    store.set("rank/1", record_of(1, ended=True))
+    other = Watch(0, 2, store, timeout=0.2)
+    other.start()
+    time.sleep(1)
+    other.close()
+
+
+def test_a_store_that_is_gone_asks_the_run_to_stop(monkeypatch, capfd):
+    """torchrun hosts it. Killed alone, it would leave processes that nobody could stop."""
+
+    class Gone:
+        def set(self, key, value):
+            if self.sets > 2:
+                raise torch.distributed.DistNetworkError("Connection reset by peer")
+            self.sets += 1
+
+        def multi_get(self, keys):
+            return [record_of(1) for _ in keys]
+
+        sets = 0
+
+    monkeypatch.setattr(watch, "PERIOD", 0.05)
+    other = Watch(0, 2, Gone())
+    other.start()
+    time.sleep(0.5)
+    other.close()
+    assert other.stop == signal.SIGTERM
+    assert capfd.readouterr().err.count("torchrun is gone, so this run saves and stops") == 1
+
+
+RANKS = """
+import sys, time, torch
+from datetime import timedelta
+from processes import *
+process = start_process(torch.device("cpu"), timeout=20)
+cause = ""
+try:
+{body}
+except Exception as error:
+    cause = f"{{type(error).__name__}}: {{error}}"
+    print(cause)
+end_process(process, cause)
+"""
+
+
+def ranks(tmp_path: Path, body: str, count: int = 2) -> list[str]:
+    """What processes of `count` ranks print that run `body`."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(body=textwrap.indent(textwrap.dedent(body), "    ")))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        return [process.communicate(timeout=90)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_ranks_agree_learn_of_failures_and_compare_what_they_have(tmp_path):
+    body = """
+        assert gather(process.rank + 1.5, process) == [1.5, 2.5]
+        if process.rank:
+            process.watch.stop = 10
+        assert agree_on_stop(process) == 10
+        assert share_loss_and_stop(float(process.rank), process) == ([0.0, 1.0], 10)
+        assert run_on_rank_zero(lambda: time.sleep(1) or {"found": [1]}, process) == {"found": [1]}
+        compare_ranks({"seed": 1, "data": {"a": 2}}, process)
+        try:
+            compare_ranks({"seed": process.rank, "data": [1], "step": process.rank * 7}, process)
+        except ValueError as error:
+            print(error)
+        run_on_rank_zero(lambda: 1 / 0, process)
+    """
+    outputs = ranks(tmp_path, body)
+    for output in outputs:
+        assert "seed: 0 on rank 0; 1 on rank 1" in output and "step: 0 on rank 0; 7 on rank 1" in output
+        assert "data: " not in output
+    assert "ZeroDivisionError" in outputs[0] and "RankZeroFailed" in outputs[1]
+
+
+def test_work_of_rank_zero_may_take_longer_than_a_collective(tmp_path):
+    """The others do not wait in a collective, whose time is limited."""
+    body = """
+        import torch.distributed as dist
+        dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=1))
+        print(run_on_rank_zero(lambda: time.sleep(4), process), sum_over_processes([1.0], process))
+    """
+    assert [output.strip() for output in ranks(tmp_path, body)] == ["None [2.0]"] * 2
