@@ -145,6 +145,7 @@ REFUSALS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "must be auto, cpu, cuda, cuda:N or mps",
     ),
     (("out_dir",), lambda value: value != "", "must name a folder of the run's own"),
+    (("out_dir",), lambda value: not value.startswith("~"), "write the folder that ~ stands for; the shell did not"),
 )
 
 

@@ -207,6 +207,7 @@ WRONG_MODELS = {
 }
 WRONG_PATHS = {
     "--out_dir ''": "out_dir=: must name a folder of the run's own",
+    "--out_dir=~/run": "out_dir=~/run: write the folder that ~ stands for; the shell did not",
     "--out_dir rows.jsonl": "out_dir=rows.jsonl: cannot be written to (",
     "--out_dir rows.jsonl/a/b": "out_dir=rows.jsonl/a/b: cannot be written to (",
     "--out_dir damaged": "out_dir=damaged: cannot be written to (",
