@@ -3,21 +3,25 @@
 import json
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from dataloaders import folder_quotas
+from environment import environment_errors, local_rank, local_world_size, rank, world_size
+from flags import read_flags, shown, split_flags
 from hardware import dtype_name, fastest_dtype, pick_device
 from model import ModelConfig, model_errors
 from model_folders import find_checkpoint, read_model_config
 from shards import is_prepared
-from tokenizer import VOCAB_SIZES
+from tokenizer import VOCAB_SIZES, Tokenizer
 
 
 @dataclass
@@ -98,43 +102,35 @@ def config_as_dict(config: Any) -> dict:
     return json.loads(json.dumps(values))
 
 
-# ---------------------------------------------------------------- torchrun's environment
-# It tells the place of this process before any process group exists, so the configuration can be checked first.
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def local_device(name: str) -> torch.device:
     """`pick_device(name)` for the place of this process. No process group works over Apple's mps, on any machine."""
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    return pick_device(name, (local_rank(), local_world_size) if world_size() > 1 else None)
+    return pick_device(name, (local_rank(), local_world_size()) if world_size() > 1 else None)
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- refusals of values
 
 POSITIVE = ("total_batch_size", "batch_size", "max_steps", "log_every", "val_tokens", "keep_checkpoints")
 POSITIVE += ("generate_tokens", "timeout")
 NOT_NEGATIVE = ("val_every", "hellaswag_every", "generate_every", "save_every", "hellaswag_limit", "warmup_steps")
 NOT_NEGATIVE += ("seed", "profile", "skip_nonfinite")
+BIG = ("seed", "val_tokens", "hellaswag_limit")  # no sum or product of them must fit 64 bits
+LARGEST = 10**9  # max_steps x total_batch_size, the tokens of a run, fit 64 bits
 
 # Fields, what is true of a value that can be honoured, and the sentence for any other value.
 REFUSALS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (POSITIVE, lambda value: value >= 1, "must be at least 1"),
     (NOT_NEGATIVE, lambda value: value >= 0, "must be 0 or more"),
+    (BIG, lambda value: value < 2**63, "must be below 2^63"),
+    (
+        tuple(name for name in POSITIVE + NOT_NEGATIVE if name not in (*BIG, "timeout")),
+        lambda value: value <= LARGEST,
+        f"must be at most {LARGEST:,}",
+    ),
+    (("timeout",), lambda value: value <= 2_000_000, "must be at most 2,000,000, which is 23 days"),  # 2^31 ms
     (
         ("max_lr", "muon_lr", "grad_clip", "weight_decay", "temperature"),
         lambda value: 0 <= value < math.inf,
-        "must be 0 or more",
+        "must be 0 or more, and finite",
     ),
     (("min_lr_fraction", "decay_fraction"), lambda value: 0 <= value <= 1, "must be between 0 and 1"),
     (("top_p",), lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
@@ -143,39 +139,131 @@ REFUSALS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda value: all(0 <= beta < 1 for beta in value),
         "both must be 0 or more and below 1",
     ),
+    (
+        ("device",),
+        lambda value: re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", value),
+        "must be auto, cpu, cuda, cuda:N or mps",
+    ),
+    (("out_dir",), lambda value: value != "", "must name a folder of the run's own"),
+    (("out_dir",), lambda value: not value.startswith("~"), "write the folder that ~ stands for; the shell did not"),
 )
 
 
 def config_errors(cfg: Config) -> list[str]:
-    """One sentence for every field that cannot be honoured: its name, its value, the cure."""
+    """One sentence for every field that cannot be honoured: its name, its value, the cure. The disk is not asked."""
     errors = [f"model.{error}" for error in model_errors(cfg.model)]
     if cfg.model.vocab_size not in VOCAB_SIZES:
         errors.append(f"model.vocab_size={cfg.model.vocab_size}: must be {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]}")
     for names, is_right, sentence in REFUSALS:
-        errors += [f"{name}={value}: {sentence}" for name in names if not is_right(value := getattr(cfg, name))]
-    if cfg.generate_every and not cfg.prompts:
-        errors.append("prompts=(): must hold at least one; --generate_every 0 goes without")
+        errors += [f"{name}={shown(value)}: {sentence}" for name in names if not is_right(value := getattr(cfg, name))]
+    refused = {error.partition("=")[0] for error in errors}
     tokens = cfg.batch_size * world_size() * cfg.model.max_seq_len  # of one micro-step
-    if tokens > 0 and cfg.total_batch_size % tokens:
+    if not refused & {"batch_size", "total_batch_size", "model.max_seq_len"} and cfg.total_batch_size % tokens:
         nearest = max(1, round(cfg.total_batch_size / tokens)) * tokens
         errors.append(
             f"total_batch_size={cfg.total_batch_size}: must be a multiple of batch_size={cfg.batch_size} x "
             f"{world_size()} processes x model.max_seq_len={cfg.model.max_seq_len} = {tokens}; {nearest} would do"
         )
-    try:
-        device = local_device(cfg.device)
-        if cfg.dtype == "bfloat16" and device.type == "cuda" and fastest_dtype(device) == torch.float32:
-            errors.append(f"dtype={cfg.dtype}: this GPU has none; pass --dtype float32")
-    except ValueError as error:
-        errors.append(str(error))
+    if cfg.generate_every and not cfg.prompts:
+        errors.append("prompts=(): must hold at least one; --generate_every 0 goes without")
+    if not refused & {"model.max_seq_len", "model.vocab_size"}:
+        errors += prompt_errors(cfg)
+    if cfg.tensorboard and find_spec("tensorboard") is None:
+        errors.append(
+            "tensorboard=True: the package is not installed; `pip install tensorboard`, or leave the flag out"
+        )
+    if "device" not in refused:
+        errors += device_errors(cfg)
     return errors
 
 
-# ---------------------------------------------------------------- flags
+def device_errors(cfg: Config) -> list[str]:
+    try:
+        device = local_device(cfg.device)
+    except ValueError as error:
+        return [str(error)]
+    if cfg.dtype == "bfloat16" and device.type == "cuda" and fastest_dtype(device) == torch.float32:
+        return [f"dtype={cfg.dtype}: this GPU has none; pass --dtype float32"]
+    return []
 
 
-def with_model_of(cfg: Config, args: list[str]) -> tuple[Config, list[str]]:
-    """`cfg` with the model that `init_from` names, and a sentence for each flag in `args` that it contradicts.
+def prompt_errors(cfg: Config) -> list[str]:
+    """A sentence for every prompt that leaves no place for a continuation."""
+    length = cfg.model.max_seq_len
+    # A token has at least one byte, so few prompts need the tokenizer, which takes long to load.
+    long = [text for text in cfg.prompts if len(text.encode("utf-8", "surrogatepass")) + 1 >= length]
+    if not (cfg.generate_every and long):
+        return []
+    tokenizer = Tokenizer(vocab_size=cfg.model.vocab_size)
+    counts = {text: len(tokenizer.encode(text, bos=True)) for text in long}
+    return [
+        f"prompts={shown(repr(text))}: its {count} tokens fill model.max_seq_len={length}; shorten it, or raise "
+        "--model.max_seq_len"
+        for text, count in counts.items()
+        if count >= length
+    ]
+
+
+# ---------------------------------------------------------------- refusals of paths
+
+
+def path_errors(cfg: Config) -> list[str]:
+    """A sentence for out_dir and for resume if they cannot be honoured. Nothing is created."""
+    errors = []
+    if cfg.out_dir:  # "" is refused with the values
+        if cause := folder_error(Path(cfg.out_dir) / "checkpoints"):
+            errors.append(f"out_dir={shown(cfg.out_dir)}: cannot be written to ({cause}); choose another --out_dir")
+        elif held := next(held_by(cfg), None):
+            errors.append(
+                f"out_dir={shown(cfg.out_dir)}: {held} is in it, and a new run moves an earlier one aside, with all "
+                "that is in the folder; choose another --out_dir"
+            )
+    if isinstance(cfg.resume, str) and cfg.resume != "best" and (not cfg.resume or not os.path.exists(cfg.resume)):
+        cure = "give a checkpoint, a run directory, best, True or False"
+        errors.append(f"resume={shown(cfg.resume)}: no such folder; {cure}")
+    return errors
+
+
+def folder_error(folder: Path) -> str:
+    """Why `folder` cannot be made and written to; "" if it can.
+
+    The mode bits do not tell it: root, network disks and /proc have rules of their own. So a file without a name is
+    opened in the nearest folder that is there.
+    """
+    try:
+        for place in (folder.absolute(), *folder.absolute().parents):
+            try:
+                os.lstat(place)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if not place.is_dir():
+                return f"{place} is not a folder"
+            with TemporaryFile(dir=place):
+                return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    return "no such disk"
+
+
+def held_by(cfg: Config) -> Iterator[str]:
+    """What out_dir holds, or is, that is not the run's own: the current folder, data, a model."""
+    out_dir, paths = Path(os.path.realpath(cfg.out_dir)), [("the current folder", os.getcwd())]
+    with suppress(ValueError):  # read_config has a sentence for it
+        paths += [(f"data_root={shown(folder)}", folder) for folder in folder_quotas(cfg.data_root)]
+    if cfg.hellaswag_every:
+        paths.append((f"hellaswag_path={shown(cfg.hellaswag_path)}", cfg.hellaswag_path))
+    if cfg.init_from:
+        paths.append((f"init_from={shown(cfg.init_from)}", cfg.init_from))
+    for name, path in paths:
+        if path and Path(os.path.realpath(path)).is_relative_to(out_dir):
+            yield name
+
+
+# ---------------------------------------------------------------- the configuration of a run
+
+
+def with_model_of(cfg: Config, given: set[str]) -> tuple[Config, list[str]]:
+    """`cfg` with the model that `init_from` names, and a sentence for each of the `given` flags that it contradicts.
 
     The sequence length stays that of the run.
     """
@@ -183,7 +271,6 @@ def with_model_of(cfg: Config, args: list[str]) -> tuple[Config, list[str]]:
         model, _ = read_model_config(find_checkpoint(cfg.init_from))
     except (ValueError, OSError) as error:
         return cfg, [f"init_from={cfg.init_from}: {error}"]
-    given = {arg.partition("=")[0].lstrip("-").replace("-", "_") for arg in args}
     errors = [
         f"model.{name}={asked}: {cfg.init_from} has {value}; leave the flag out"
         for name, value in asdict(model).items()
@@ -195,56 +282,62 @@ def with_model_of(cfg: Config, args: list[str]) -> tuple[Config, list[str]]:
     return replace(cfg, model=replace(model, max_seq_len=length)), errors
 
 
-def spell_out_orders(args: list[str]) -> list[str]:
-    """`args` with a True after each order that has no value. The other flags always take one."""
-    words = []
-    for place, word in enumerate(args):
-        words.append(word)
-        if word.lstrip("-").replace("-", "_") in ORDERS and args[place + 1 : place + 2] not in (["True"], ["False"]):
-            words.append("True")
-    return words
+def data_errors(data_root: str | tuple[str, ...]) -> list[str]:
+    """A sentence for each folder of `data_root` that is not prepared, or for a mixture that cannot be."""
+    if "" in (data_root, *data_root):
+        return [f"data_root={data_root}: a folder has no name; give one that load_fineweb_dataset.py has prepared"]
+    errors = []
+    try:
+        for folder in folder_quotas(data_root):
+            with suppress(OSError):  # no folder has such a name, or it is not for us to read
+                if is_prepared(folder):
+                    continue
+            errors.append(f"data_root={shown(folder)}: not a prepared folder; load_fineweb_dataset.py makes one")
+    except ValueError as error:
+        errors.append(str(error))
+    return errors
 
 
 def read_config(args: list[str], original: Config, sample: Config, description: str | None = None) -> Config:
     """`original` with the flags in `args`; `sample` with them where the original's data is not prepared.
 
     Raises:
-        ValueError: fields that cannot be honoured, all of them in one message.
-        SystemExit: a flag that does not exist, or --help.
+        ValueError: flags that cannot be read and fields that cannot be honoured, all of them in one message.
+        SystemExit: --help.
     """
-    parse = partial(
-        tyro.cli, Config, args=spell_out_orders(args), use_underscores=True, config=(tyro.conf.FlagConversionOff,)
-    )
-    cfg, sample = parse(default=original, description=description), parse(default=sample)
-    errors = []
-    data_given = cfg.data_root == sample.data_root  # the two configurations differ in it, unless a flag set it
-    hellaswag_given = cfg.hellaswag_path == sample.hellaswag_path
-    missing = []
-    try:
-        missing = [folder for folder in folder_quotas(cfg.data_root) if not is_prepared(folder)]
-    except ValueError as error:
-        errors.append(str(error))
-    if missing and data_given:
-        errors += [f"data_root={m}: not a prepared folder; load_fineweb_dataset.py makes one" for m in missing]
-    elif missing:
-        if rank() == 0:
-            print(f"{cfg.data_root} is not prepared: `python load_fineweb_dataset.py` prepares 10 billion tokens.")
-            print("Training the sample configuration instead: a small Llama 3 on the Python standard library.")
-        cfg = sample
-    if cfg is not sample and cfg.hellaswag_every and not Path(cfg.hellaswag_path).is_file():
-        cure = "`python load_hellaswag_dataset.py` fetches HellaSwag; --hellaswag_every 0 goes without"
-        if hellaswag_given:
-            errors.append(f"hellaswag_path={cfg.hellaswag_path}: no such file; {cure}")
+    flags = split_flags(args, ORDERS)
+    given = {flag.name for flag in flags}
+    (cfg, small), wrong = read_flags(flags, [original, sample], description)
+    errors, notes = [], []
+    if found := data_errors(cfg.data_root) if "data_root" not in wrong else []:
+        if "data_root" in given:
+            errors += found
         else:
-            if rank() == 0:
-                print(f"{cfg.hellaswag_path} is not there, so this run goes without it; {cure}")
+            notes.append(
+                f"{cfg.data_root} is not prepared: `python load_fineweb_dataset.py` prepares 10 billion tokens."
+            )
+            notes.append("Training the sample configuration instead: a small Llama 3 on the Python standard library.")
+            cfg = small
+    written = cfg is small and cfg.hellaswag_path == sample.hellaswag_path  # train.py writes the sample's file
+    if cfg.hellaswag_every and not written and not os.path.isfile(cfg.hellaswag_path):
+        cure = "`python load_hellaswag_dataset.py` fetches HellaSwag; --hellaswag_every 0 goes without"
+        if "hellaswag_path" in given:
+            errors.append(f"hellaswag_path={shown(cfg.hellaswag_path)}: no such file; {cure}")
+        else:
+            notes.append(f"{cfg.hellaswag_path} is not there, so this run goes without it; {cure}")
             cfg = replace(cfg, hellaswag_every=0)
     if cfg.init_from:
-        cfg, found = with_model_of(cfg, args)
+        cfg, found = with_model_of(cfg, given)
         errors += found
-    errors += config_errors(cfg)
+    errors += path_errors(cfg) + config_errors(cfg)
+    # The field of a flag that cannot be read still has its default, so a sentence with that value would mislead.
+    fields = "|".join(re.escape(name.rpartition(".")[2]) for name in wrong if name) or "(?!)"
+    errors = [error for error in errors if not re.search(rf"(^|[ .])({fields})=", error)]
+    errors = [*environment_errors(), *wrong.values(), *errors]
     if errors:
         raise ValueError("\n".join(errors))
+    if rank() == 0:
+        print("".join(f"{note}\n" for note in notes), end="")
     if cfg.dtype == "auto":  # the records of a run say which dtype it was
         cfg = replace(cfg, dtype=dtype_name(fastest_dtype(local_device(cfg.device))))
     return cfg

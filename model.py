@@ -309,14 +309,21 @@ def model_errors(config: ModelConfig) -> list[str]:
     c = config
     positive = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
     multiplier = c.ffn_dim_multiplier
-    found = [f"{name}={getattr(c, name)}: must be at least 1" for name in positive if getattr(c, name) < 1]
+    # Sizes beyond 2^24 would overflow the 64 bits that count the bytes of a tensor.
+    found = [
+        f"{name}={value}: must be 1 to {2**24:,}" for name in positive if not 1 <= (value := getattr(c, name)) <= 2**24
+    ]
     found += [
         f"{name}={getattr(c, name)}: {sentence}"
         for name, is_right, sentence in (
-            ("ffn_dim_multiplier", multiplier is None or 0 < multiplier < math.inf, "must be positive, or None for 1"),
-            ("norm_eps", c.norm_eps > 0, "must be positive"),
-            ("rope_theta", c.rope_theta > 0, "must be positive"),
-            ("rope_scale", c.rope_scale >= 1, "must be 1 (off) or more"),
+            (
+                "ffn_dim_multiplier",
+                multiplier is None or 0 < multiplier <= 1000,
+                "must be above 0 and at most 1000",
+            ),
+            ("norm_eps", 0 < c.norm_eps < 1, "must be above 0 and below 1"),
+            ("rope_theta", 0 < c.rope_theta < math.inf, "must be positive, and finite"),
+            ("rope_scale", 1 <= c.rope_scale < math.inf, "must be 1 (off) or more, and finite"),
         )
         if not is_right
     ]

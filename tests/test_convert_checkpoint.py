@@ -109,7 +109,7 @@ def wrong_vocabulary(folder):
         (garbage, "consolidated.00.pth: not weights of Meta"),
         (another_width, "does not fit params.json: "),
         (no_params, "params.json: cannot be read"),
-        (wrong_vocabulary, "vocab_size=-1: must be at least 1"),
+        (wrong_vocabulary, "vocab_size=-1: must be 1 to "),
         (lambda folder: None, "pass --rope_scale 8 for Llama 3.1, or 32 for Llama 3.2"),
     ],
 )

@@ -938,7 +938,7 @@ def test_mistyped_flag_is_refused_and_the_nearest_named(flags_for, tmp_path):
     [("max_steps", "ten"), ("max_lr", "fast"), ("compile", "perhaps"), ("optimizer", "sgd"), ("model.dim", "3.5")],
 )
 def test_value_of_the_wrong_type_is_refused(flags_for, tmp_path, name, value):
-    assert_refused(train_here(flags_for(tmp_path / "run", **{name: value})), f"--{name}", value)
+    assert_refused(train_here(flags_for(tmp_path / "run", **{name: value})), f"{name}={value}: must be")
     assert not (tmp_path / "run").exists()
 
 
@@ -1084,10 +1084,16 @@ def test_a_run_begins_with_the_weights_of_another(whole, flags_for, tmp_path):
     assert began == pytest.approx(ended, abs=1e-6)
     config = json.loads((tmp_path / "run/config.json").read_text())["model"]
     assert config["dim"] == 32 and config["vocab_size"] == VOCAB
-    assert train_here([*flags, "--resume", "True", "--profile", "0"]).status == 0  # goes on with its own weights
+    assert (
+        train_here(tiny_run.changed(flags, "--resume", "True", "--profile", "0")).status == 0
+    )  # goes on with its own weights
     assert_refused(train_here([*flags, "--model.dim", "64"]), "model.dim=64", "has 32", "leave the flag out")
-    assert_refused(train_here([*flags, "--model.max_seq_len", "64"]), "model.max_seq_len=64", "only 32 positions")
-    assert_refused(train_here([*flags, "--init_from", "nowhere"]), "init_from=nowhere", "no checkpoint there")
+    assert_refused(
+        train_here(tiny_run.changed(flags, "--model.max_seq_len", "64")), "model.max_seq_len=64", "only 32 positions"
+    )
+    assert_refused(
+        train_here(tiny_run.changed(flags, "--init_from", "nowhere")), "init_from=nowhere", "no checkpoint there"
+    )
 
 
 @pytest.mark.parametrize(
@@ -1144,7 +1150,7 @@ def test_too_little_disk_for_the_checkpoints_is_refused_at_the_start(flags_for, 
     """The run needs room for the newest two, for the best one, and for the next one while it is written."""
     fields = {"max_steps": 40, "save_every": 5, "keep_checkpoints": 2, "val_every": 0, "allow_config_change": True}
     flags = flags_for(tmp_path / "run", **fields)
-    assert train_here([*flags, "--max_steps", "5"]).status == 0
+    assert train_here(tiny_run.changed(flags, "--max_steps", "5")).status == 0
     before, size = files_in(tmp_path), size_of(tmp_path / "run/checkpoints/step_00000005")
     usage = shutil.disk_usage(tmp_path)
     for extra, count, free in [
@@ -1155,13 +1161,13 @@ def test_too_little_disk_for_the_checkpoints_is_refused_at_the_start(flags_for, 
         (["--resume", "True", "--save_every", "0"], 1, size // 2),
     ]:
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
-        result = train_here([*flags, *extra])
+        result = train_here(tiny_run.changed(flags, *extra))
         assert_refused(result, str(tmp_path / "run/checkpoints"), f"up to {count} checkpoint", f"has {free:,}")
         assert_refused(result, "--keep_checkpoints", "--out_dir")
         assert len(result.err.splitlines()) == 1
         assert files_in(tmp_path) == before  # the earlier run is still in its place
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * size))
-    assert train_here([*flags, "--resume", "True", "--max_steps", "6"]).status == 0
+    assert train_here(tiny_run.changed(flags, "--resume", "True", "--max_steps", "6")).status == 0
 
 
 def test_folder_that_cannot_be_written_to_is_refused_at_the_start(flags_for, tmp_path, monkeypatch):
@@ -1184,7 +1190,8 @@ def test_folder_that_cannot_be_written_to_is_refused_at_the_start(flags_for, tmp
     shutil.rmtree(run)
     run.touch()
     results.append(train_here(flags))
-    for result, reason in zip(results, ["Permission denied", "File exists", "File exists"], strict=True):
+    reasons = ["Permission denied", "checkpoints is not a folder", "run is not a folder"]
+    for result, reason in zip(results, reasons, strict=True):
         assert_refused(result, f"out_dir={run}: ", reason, "choose another --out_dir")
         assert len(result.err.splitlines()) == 1 and "step " not in result.out
 
@@ -1307,7 +1314,7 @@ def file_size_limit(size: int):
 
 def test_full_disk_gives_one_sentence_and_leaves_the_older_checkpoint_whole(flags_for, tmp_path):
     flags = flags_for(tmp_path, max_steps=4, save_every=2, val_every=0, allow_config_change=True)
-    assert train_here([*flags, "--max_steps", "2"]).status == 0
+    assert train_here(tiny_run.changed(flags, "--max_steps", "2")).status == 0
     older = tmp_path / "checkpoints/step_00000002"
     before = files_in(tmp_path / "checkpoints")
     with file_size_limit(100_000):

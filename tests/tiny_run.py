@@ -87,3 +87,10 @@ def start_run(flags: list[str], *, script: Path = TRAIN, env: dict[str, str] | N
     """Start `python train.py FLAGS`, a Popen. Its output goes to pipes, as bytes, unless `popen` says otherwise."""
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
     return subprocess.Popen([sys.executable, str(script), *flags], env=env or plain_environment(), **popen)
+
+
+def changed(flags: list[str], *extra: str) -> list[str]:
+    """`flags` with the pairs `extra`, in the place of those of the same name."""
+    names = {word for word in extra if word.startswith("--")}
+    dropped = {i for i, word in enumerate(flags) if word in names}
+    return [word for i, word in enumerate(flags) if i not in dropped and i - 1 not in dropped] + [*extra]
