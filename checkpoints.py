@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import random
 import shutil
 import sys
 import threading
@@ -367,17 +366,15 @@ def flat(config: dict) -> dict:
 
 
 def random_state() -> dict:
-    """State of every random generator of this process, as plain data."""
-    state = {"python": random.getstate(), "torch": torch.get_rng_state().numpy().tobytes().hex()}
+    """State of torch's random generators in this process, as plain data. Nothing in a run draws from any other."""
+    state = {"torch": torch.get_rng_state().numpy().tobytes().hex()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
     return state
 
 
 def restore_random_state(state: dict) -> None:
-    """Put the random generators of this process into the state that `random_state` returned."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
+    """Put torch's random generators into the state that `random_state` returned."""
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
