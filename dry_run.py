@@ -63,7 +63,8 @@ def dry_run(cfg: Config, process: Process, update: Callable) -> int:
         return 1
     seconds = seconds_a_step(step, wrapped, cfg, process)
     peak = max(memory_peak(process.device) - before, 0)
-    process.print(table(memory_title(process.device, free), memory_lines(parts, saved, peak, cfg)))
+    copy = {"and in main memory, while a checkpoint is written": size(checkpoint)}
+    process.print(table(memory_title(process.device, free), memory_lines(parts, saved, peak, cfg) | copy))
     process.print(table("time", time_lines(cfg, process, seconds)))
     kept, free_disk = checkpoints_at_once(cfg) * checkpoint, shutil.disk_usage(existing_parent(Path(cfg.out_dir))).free
     lines = {

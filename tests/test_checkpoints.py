@@ -4,6 +4,8 @@ import json
 import math
 import os
 import stat
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,14 @@ from test_model_utils import TIED, TINY
 
 import checkpoints
 import model_folders
-from checkpoints import TrainState, checkpoint_bytes, random_state, restore_random_state, save_checkpoint
+from checkpoints import (
+    CheckpointSaver,
+    TrainState,
+    checkpoint_bytes,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
 from config import config_as_dict
 from model import Transformer
 from model_folders import best_in, checkpoints_in, find_checkpoint, verify_checkpoint
@@ -246,6 +255,63 @@ def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
                 json.loads(file.read_bytes()[8 : 8 + header])
             else:
                 json.loads(file.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- saves in the background
+
+
+def test_a_save_takes_what_the_tensors_were_when_it_began(tmp_path, monkeypatch):
+    """Training goes on while the files are written."""
+    state, cfg = trained()
+    go_on, real = threading.Event(), checkpoints.save_checkpoint
+
+    def waits(*args, **kwargs):
+        assert go_on.wait(20)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", waits)
+    before = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
+    with CheckpointSaver(tmp_path, keep=2) as saver:
+        saver.save(state.as_checkpoint(cfg, "tokens"), is_best=True)
+        assert not checkpoints_in(tmp_path)  # save has returned, and nothing is written yet
+        update(state.model, state.optimizers)
+        go_on.set()
+    [path] = checkpoints_in(tmp_path)
+    saved = read_checkpoint(path)["model"]
+    for name, weight in before.items():
+        assert torch.equal(saved[name], weight) and not torch.equal(state.model.get_parameter(name), weight)
+
+
+def test_the_next_save_waits_for_the_one_in_progress(tmp_path, monkeypatch):
+    state, cfg = trained()
+    running, real = [], checkpoints.save_checkpoint
+
+    def slow(*args, **kwargs):
+        running.append(1)
+        assert len(running) == 1
+        time.sleep(0.3)
+        real(*args, **kwargs)
+        running.pop()
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", slow)
+    with CheckpointSaver(tmp_path, keep=5) as saver:
+        for step in (1, 2, 3):
+            state.step = step
+            saver.save(state.as_checkpoint(cfg, "tokens"), is_best=False)
+    assert len(checkpoints_in(tmp_path)) == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    state, cfg = trained()
+    saver = CheckpointSaver(tmp_path, keep=1)
+    saver.save(state.as_checkpoint(cfg, "tokens"), is_best=False)
+    saver.finish()
+    with torch.no_grad():
+        state.model.layers[0].attention.wq.weight[0, 0] = math.inf
+    state.step = 8
+    with pytest.raises(ValueError, match=r"step 8: layers.0.attention.wq.weight holds numbers that .*step_00000007"):
+        saver.save(state.as_checkpoint(cfg, "tokens"), is_best=False)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step_00000007"]
 
 
 def test_the_random_state_survives_json():
