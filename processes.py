@@ -93,7 +93,7 @@ def end_process(process: Process, cause: str) -> None:
     """Leave the other ranks: as one that is done, or as one that has failed with a `cause`."""
     if cause:
         process.watch.fail(cause)
-        if process.is_main and process.world_size > 1 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        if process.is_main and process.world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             time.sleep(2 * PERIOD)  # without torchrun this process hosts the store, in which the others read the cause
     process.watch.close()
     if dist.is_initialized() and not cause:

@@ -518,9 +518,18 @@ def test_a_step_is_saved_before_it_is_scored(flags_for, tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         raise SystemExit("killed")
 
-    monkeypatch.setattr(evaluation.hellaswag_utils, "count_correct", killed)
-    assert train_here(flags_for(tmp_path, max_steps=4, save_every=2, hellaswag_every=2)).status == "killed"
+    flags = flags_for(tmp_path, max_steps=4, save_every=2, hellaswag_every=2, generate_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.hellaswag_utils, "count_correct", killed)
+        assert train_here(flags).status == "killed"
     assert read_checkpoint(tmp_path / "checkpoints/step_00000002")["step"] == 2
+    # The resumed run makes up the score and the sample of step 2.
+    assert train_here([*flags, "--resume", "True"]).status == 0
+    assert [row["step"] for row in rows_of(tmp_path, "hellaswag_acc")] == [2, 4]
+    assert [line for line in (tmp_path / "samples.txt").read_text().splitlines() if line.startswith("=====")] == [
+        "===== step 2",
+        "===== step 4",
+    ]
 
 
 def test_sigterm_during_an_evaluation_loses_no_step(flags_for, tmp_path, monkeypatch):
