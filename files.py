@@ -1,4 +1,4 @@
-"""Files that matter are written whole or not at all. Also: digests, free space, locks, and output of any text."""
+"""Files that matter are written whole or not at all. Also: digests, free space, locks, and safe output."""
 
 import errno
 import hashlib
@@ -189,6 +189,42 @@ def allow_any_text_in_output() -> None:
             stream, io.TextIOWrapper
         ):  # not so where there is no terminal, or where a notebook took its place
             stream.reconfigure(errors=errors)
+
+
+class Console(io.FileIO):
+    """The file descriptor of a console. After the first failed write, all that is written there is dropped."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            while (written := super().write(data)) is None:  # another program made the terminal non-blocking
+                os.set_blocking(self.fileno(), True)
+            return written
+        except OSError:  # a closed pipe, a lost terminal, a full disk: nobody is there to be told
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def let_output_fail() -> None:
+    """From here on a failed write to standard output or standard error is no error. Call this in a script whose work is
+    worth more than its output.
+
+    A stream that was closed before the start is None; it becomes the null device. A stream that a test or a notebook
+    has replaced is left alone.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
+        elif stream is getattr(sys, f"__{name}__"):
+            console = io.TextIOWrapper(
+                io.BufferedWriter(Console(stream.fileno(), "w", closefd=False)),
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=stream.line_buffering or stream.write_through,  # write_through: python -u
+            )
+            setattr(sys, name, console)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""What a run needs around the model: the wrapped model (DDP), loading a model, Weights & Biases."""
+"""What a run needs around the model: the wrapped model (DDP), and loading a model."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import cpu_kernels
 import cuda_kernels
 from checkpoints import read_state
-from config import Config, config_as_dict
+from config import Config
 from hardware import can_compile
 from model import Transformer
 from model_folders import find_checkpoint, read_model, verify_checkpoint
@@ -127,44 +126,6 @@ def load_model(path: str | Path, device: torch.device) -> tuple[Transformer, dic
     state = read_state(path)
     dtype = state["config"]["dtype"] if state else settings.get("dtype", settings.get("torch_dtype"))
     return place_model(model, torch.device(device)).eval(), {"step": state.get("step"), "dtype": dtype}
-
-
-# ---------------------------------------------------------------- Weights & Biases
-
-
-class NullRun:
-    """Stands in for a Weights & Biases run and does nothing."""
-
-    def log(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def finish(self, *args: Any, **kwargs: Any) -> None: ...
-
-
-def start_wandb(cfg: Config, run_id: str, process: Process) -> Any:
-    """A Weights & Biases run on rank zero if WANDB_API_KEY is set or WANDB_MODE is offline, else a `NullRun`.
-
-    A resumed run goes on under its `run_id`. Its plots have tokens as their axis. Where it is off, wandb is not even
-    imported. An error of wandb is one printed line and does not stop training.
-    """
-    if not process.is_main or not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline"):
-        return NullRun()
-    try:
-        import wandb
-
-        run = wandb.init(
-            project=cfg.wandb_project,
-            name=Path(cfg.out_dir).name,
-            id=run_id,
-            resume="allow",
-            config=config_as_dict(cfg),
-            dir=cfg.out_dir,
-        )
-        run.define_metric("tokens")
-        run.define_metric("*", step_metric="tokens")
-        return run
-    except Exception as error:  # no account, no network, a wrong key: the run is worth more than its plots
-        print(f"Weights & Biases is off ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
-        return NullRun()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,117 +20,158 @@ from files import atomic_write
 from hardware import peak_flops
 from model import Transformer
 from model_folders import checkpoints_in
-from model_utils import NullRun, flops_per_token, start_wandb
+from model_utils import flops_per_token
 from processes import Process, run_on_rank_zero
+from report import write_report
 from run_lock import RunLock
+from wandb_log import WandbLog, start_wandb
+
+
+class GrowingFile:
+    """A text file that grows. What cannot be written is kept, and written with the next text once there is room."""
+
+    def __init__(self, path: Path):
+        self.path, self.file, self.kept, self.said = path, None, b"", False
+        self.size = path.stat().st_size if path.exists() else 0  # up to the end of the last whole text
+
+    def append(self, text: str) -> int:
+        """Append `text`, and return the size of the file with it. The first failure is a printed line, no error."""
+        self.kept += text.encode(errors="replace")
+        try:
+            if self.file is None:
+                self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+                self.file.truncate(self.size)  # a full disk may have taken half a line
+            rest = memoryview(self.kept)
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            self.size, self.kept = self.size + len(self.kept), b""
+        except OSError as error:
+            self._let_go()
+            if not self.said:
+                self.said = True
+                complain(
+                    f"{self.path.name}: not written for now ({error.strerror or error}); training goes on; what is "
+                    "missing is kept, and written when there is room"
+                )
+        return self.size + len(self.kept)
+
+    def close(self) -> None:
+        """Try for the last time to write what was kept."""
+        if self.kept:
+            self.append("")
+        if self.kept:
+            complain(f"{self.path}: its last {len(self.kept):,} bytes were never written; it is whole up to there")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with suppress(OSError):  # of a lost disk; the next append opens the file again
+            if self.file is not None:
+                self.file.close()
+        self.file = None
+
+
+def complain(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def read_rows(out_dir: Path) -> list[dict]:
+    """The rows of metrics.jsonl; none where there is no file. A line that a kill or a power cut damaged is left out."""
+    path, rows = out_dir / "metrics.jsonl", []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):  # no JSON
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+def recorded_at(out_dir: Path, step: int) -> set[str]:
+    """Which of val_loss, hellaswag_acc and samples_end the rows of metrics.jsonl hold at `step`."""
+    keys = {key for row in read_rows(out_dir) if row["step"] == step for key in row}
+    return keys & {"val_loss", "hellaswag_acc", "samples_end"}
+
+
+def drop_after(out_dir: Path, last_step: int) -> None:
+    """Drop the rows and samples beyond `last_step`: an earlier run wrote them after its last checkpoint.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    rows = read_rows(out_dir)
+    kept = [row for row in rows if row["step"] <= last_step]
+    samples = out_dir / "samples.txt"
+    if samples.is_file() and (last_step < 0 or any("samples_end" in row for row in rows)):
+        end = next((row["samples_end"] for row in reversed(kept) if "samples_end" in row), 0)
+        os.truncate(samples, min(end, samples.stat().st_size))
+    with atomic_write(out_dir / "metrics.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`, a line each, flushed. Rows also go to Weights & Biases and to TensorBoard."""
+    """Appends rows to `metrics.jsonl`, a line each. Rows also go to Weights & Biases and to TensorBoard."""
 
-    def __init__(self, folder: Path, wandb_run: Any, is_main: bool, last_step: int, tensorboard: Any = None):
-        """Drop the rows beyond `last_step`: an earlier run wrote them after its last checkpoint."""
-        self.path, self.wandb_run, self.file = folder / "metrics.jsonl", wandb_run, None
-        self.tensorboard = tensorboard  # a SummaryWriter, or None
-        if is_main:
-            kept = []
-            if self.path.is_file():
-                for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                    try:
-                        if json.loads(line)["step"] <= last_step:
-                            kept.append(line + "\n")
-                    except ValueError:
-                        pass  # a kill cut this line short
-            with atomic_write(self.path, "w") as file:
-                file.writelines(kept)
-            self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+    def __init__(self, folder: Path, wandb: WandbLog | None = None, tensorboard: Any = None):
+        self.rows, self.texts = GrowingFile(folder / "metrics.jsonl"), GrowingFile(folder / "samples.txt")
+        self.wandb, self.tensorboard = wandb, tensorboard  # tensorboard: a SummaryWriter, or None
 
     def write(self, row: dict) -> None:
         """Append `row`."""
-        if self.file is None:
-            return
-        self.file.write(json.dumps(row) + "\n")
+        self.rows.append(json.dumps(row) + "\n")
         fields = {key: value for key, value in row.items() if key != "step"}
-        self.tell_wandb(lambda run: run.log(fields, step=row["step"]))
-        if self.tensorboard is not None:
+        if self.wandb:
+            self.wandb.log(row["step"], fields)
+
+        def add(writer: Any) -> None:
             for key, value in fields.items():
                 if isinstance(value, int | float):
-                    self.tensorboard.add_scalar(key, value, row["step"])
+                    writer.add_scalar(key, value, row["step"])
+
+        self.tell_tensorboard(add)
 
     def samples(self, step: int, tokens: int, texts: list[str]) -> None:
-        """Show texts in Weights & Biases, as a table, and in TensorBoard."""
+        """Append texts to samples.txt, and a row with its size: a run that repeats this step cuts the file there."""
+        text = "\n\n".join(texts)
+        end = self.texts.append(f"===== step {step}\n{text}\n\n")
+        self.rows.append(json.dumps({"step": step, "tokens": tokens, "samples_end": end}) + "\n")
+        if self.wandb:
+            self.wandb.samples(step, tokens, texts)
 
-        def log(run: Any) -> None:
-            import wandb
-
-            table = wandb.Table(columns=["step", "text"], data=[[step, text] for text in texts])
-            run.log({"samples": table, "tokens": tokens}, step=step)
-
-        if not isinstance(self.wandb_run, NullRun):
-            self.tell_wandb(log)
-        if self.tensorboard is not None:
+        def add(writer: Any) -> None:
             for i, text in enumerate(texts):
-                self.tensorboard.add_text(f"sample {i}", f"```\n{text}\n```", step)
+                writer.add_text(f"sample {i}", f"```\n{text}\n```", step)
 
-    def upload(self, checkpoint: Path, name: str) -> None:
-        """Upload a checkpoint to Weights & Biases, as an artifact."""
+        self.tell_tensorboard(add)
 
-        def log(run: Any) -> None:
-            import wandb
-
-            artifact = wandb.Artifact(name, type="model")
-            artifact.add_dir(str(checkpoint))
-            run.log_artifact(artifact)
-
-        if not isinstance(self.wandb_run, NullRun):
-            self.tell_wandb(log)
-
-    def tell_wandb(self, what: Callable[[Any], None]) -> None:
-        """Call `what` with the run. An error of Weights & Biases is a printed line, and ends its part alone."""
+    def tell_tensorboard(self, what: Callable[[Any], None]) -> None:
+        """Call `what` with the writer. An error, as of a full disk, is a printed line and ends TensorBoard's part."""
         try:
-            what(self.wandb_run)
+            if self.tensorboard is not None:
+                what(self.tensorboard)
         except Exception as error:
-            print(f"Weights & Biases is off from here on ({type(error).__name__}: {error})")
-            self.wandb_run = NullRun()
+            complain(f"TensorBoard is off from here on ({type(error).__name__}: {error})")
+            self.tensorboard = None
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        self.tell_wandb(lambda run: run.finish())
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self.rows.close()
+        self.texts.close()
+        self.tell_tensorboard(lambda writer: writer.close())
+        if self.wandb:
+            self.wandb.close()
 
 
-def start_tensorboard(cfg: Config, process: Process, last_step: int) -> Any:
-    """A SummaryWriter on rank zero if the configuration asks for it, else None. Events beyond `last_step` are hidden.
+def start_tensorboard(cfg: Config, last_step: int) -> Any:
+    """A SummaryWriter if the configuration asks for it, else None. Events beyond `last_step` are hidden.
 
     Raises:
         ValueError: the package tensorboard is not there.
     """
-    if not (cfg.tensorboard and process.is_main):
+    if not cfg.tensorboard:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(f"tensorboard=True: {error}; `pip install tensorboard`, or leave the flag out") from error
     return SummaryWriter(str(Path(cfg.out_dir) / "tensorboard"), purge_step=last_step + 1)
-
-
-def recorded_at(out_dir: Path, step: int) -> set[str]:
-    import json as j
-
-    p = out_dir / "metrics.jsonl"
-    if not p.is_file():
-        return set()
-    found = set()
-    for line in p.read_text(errors="replace").splitlines():
-        try:
-            row = j.loads(line)
-        except ValueError:
-            continue
-        if row.get("step") == step:
-            found |= row.keys() & {"val_loss", "hellaswag_acc", "samples_end"}
-    return found
 
 
 def open_run_folder(cfg: Config, goes_on: bool) -> None:
@@ -158,32 +202,44 @@ class Records:
     def __init__(
         self, model: Transformer, cfg: Config, process: Process, run_id: str, last_step: int, *, goes_on: bool = False
     ):
-        """Open the run folder. It holds an earlier part of this run if it `goes_on`; rows beyond `last_step` (-1: all)
-        are dropped."""
-        run_on_rank_zero(partial(open_run_folder, cfg, goes_on), process)
-        self.cfg, self.process = cfg, process
-        self.run_id, tensorboard = run_id, start_tensorboard(cfg, process, last_step)
-        wandb_run = start_wandb(cfg, run_id, process)
-        self.metrics = MetricsLog(Path(cfg.out_dir), wandb_run, process.is_main, last_step, tensorboard)
+        """Open the run folder. If the run `goes_on`, the folder holds an earlier part of it. Rows and samples beyond
+        `last_step` (-1: all) are dropped."""
+        self.cfg, self.process, self.run_id = cfg, process, run_id
+        self.metrics: MetricsLog | None = None  # on rank zero alone
+        run_on_rank_zero(partial(self._open, last_step, goes_on), process)
         self.peak = process.world_size * peak_flops(process.device, getattr(torch, cfg.dtype))  # FLOP/s of all devices
         self.flops = flops_per_token(model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.first_step: tuple[int, float] | None = None  # its number, and the time when it was done
 
+    def _open(self, last_step: int, goes_on: bool) -> None:
+        out_dir = Path(self.cfg.out_dir)
+        open_run_folder(self.cfg, goes_on)
+        drop_after(out_dir, last_step)
+        tensorboard = start_tensorboard(self.cfg, last_step)
+        self.metrics = MetricsLog(out_dir, start_wandb(self.cfg, self.run_id), tensorboard)
+
     def write(self, step: int, row: dict, line: str) -> None:
         """A row of metrics.jsonl, and a printed line if `line` is not empty."""
-        self.metrics.write({"step": step, "tokens": step * self.cfg.total_batch_size, **row})
+        if self.metrics:
+            self.metrics.write({"step": step, "tokens": step * self.cfg.total_batch_size, **row})
         if line:
             self.process.print(f"step {step:>6}  {line}")
 
     def training(self, step: int, seconds: float, row: dict) -> None:
-        """The row of an update that took `seconds`: `row` holds train_loss, lr and grad_norm."""
+        """The row of an update that took `seconds`: `row` holds train_loss, lr and grad_norm.
+
+        An update that was left out has `skipped` instead of train_loss and grad_norm: how many were left out in a row.
+        """
         tokens_per_sec = self.cfg.total_batch_size / seconds
         row = row | {"tokens_per_sec": tokens_per_sec, "mfu": tokens_per_sec * self.flops / self.peak}
         # The first step is left out of the estimate of the time left, because it also compiles.
         self.first_step = self.first_step or (step, time.perf_counter())
         number, done = self.first_step
         left = (time.perf_counter() - done) / max(1, step - number) * (self.cfg.max_steps - step)
+        if "skipped" in row:
+            self.write(step, row, f"left out: a loss or the gradient is not finite; {row['skipped']} in a row so far")
+            return
         line = (
             f"loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
             f"{tokens_per_sec:,.0f} tokens/s  mfu {row['mfu']:.0%}  {timedelta(seconds=round(left))} left"
@@ -203,19 +259,29 @@ class Records:
 
     def samples(self, step: int, row: dict) -> None:
         """`row` is `evaluation.draw_samples`'s, which is empty on all ranks but zero. The texts go to samples.txt."""
-        if row:
-            text = "\n\n".join(row["samples"])
-            with open(Path(self.cfg.out_dir) / "samples.txt", "a", encoding="utf-8") as file:
-                file.write(f"===== step {step}\n{text}\n\n")
+        if row and self.metrics:
             self.metrics.samples(step, step * self.cfg.total_batch_size, row["samples"])
+            text = "\n\n".join(row["samples"])
             self.process.print(f"----- step {step}\n{text}\n-----")
 
     def close(self, *, finished: bool) -> None:
         """End the records. With `wandb_artifact` the last checkpoint of a finished run goes to Weights & Biases."""
+        if self.metrics is None:
+            return
         checkpoints = checkpoints_in(Path(self.cfg.out_dir) / "checkpoints")
-        if finished and checkpoints and self.cfg.wandb_artifact:
-            self.metrics.upload(checkpoints[-1], f"{Path(self.cfg.out_dir).name}-{self.run_id}")
+        if finished and checkpoints and self.cfg.wandb_artifact and self.metrics.wandb:
+            self.metrics.wandb.upload(checkpoints[-1], f"{Path(self.cfg.out_dir).name}-{self.run_id}")
         self.metrics.close()
+
+
+def write_report_or_say_why(out_dir: Path) -> bool:
+    """Write report.html of a run that is saved already. If it cannot be written, print why and return False."""
+    try:
+        write_report([out_dir], out_dir / "report.html")
+    except (OSError, ValueError) as error:
+        complain(f"report.html: not written ({error}); the run is whole; `python report.py {out_dir}` writes it later")
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from checkpoints import CheckpointSaver, TrainState, mark_best, ways_back
 from config import Config, config_as_dict, local_device, local_rank, read_config, world_size
 from dry_run import dry_run
 from evaluation import draw_samples, score_hellaswag, validate
-from files import FolderLocked, allow_any_text_in_output
+from files import FolderLocked, allow_any_text_in_output, let_output_fail
 from model import ModelConfig, Transformer, document_positions
 from model_utils import place_model, wrap_model
 from optimizers import build_optimizers, lr_factor, set_learning_rates
@@ -44,12 +44,12 @@ from processes import (
     start_process,
 )
 from profiling import start_profiler
-from records import Records
-from report import write_report
+from records import Records, write_report_or_say_why
 from resuming import begin, open_records
 from rows import SourceError
 from run_data import describe, open_data
 from run_lock import RunLock
+from wandb_log import finish_after_error
 
 # ================================ CONFIGURATION ================================
 # config.py says what each field means, and so does `python train.py --help`.
@@ -275,8 +275,7 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
     if stop:
         process.print(f"stopped after step {state.step} by {signal.Signals(stop).name}; --resume True goes on there")
         return 128 + stop
-    if process.is_main:
-        write_report([cfg.out_dir], Path(cfg.out_dir) / "report.html")
+    if process.is_main and write_report_or_say_why(Path(cfg.out_dir)):
         print(
             f"done: {cfg.out_dir}/report.html has the plots; "
             f"`python generate.py --checkpoint {cfg.out_dir} --prompt ...` continues a text"
@@ -338,6 +337,7 @@ def run(cfg: Config, process: Process) -> int:
 def main() -> int:
     """Read the flags, train, and turn errors into a sentence and an exit status."""
     allow_any_text_in_output()
+    let_output_fail()
     process, status, cause, is_said = None, 1, "", False
     try:
         cfg = read_config(sys.argv[1:], ORIGINAL, SAMPLE, description=__doc__)
@@ -363,6 +363,7 @@ def main() -> int:
         print(f"train.py{f' [rank {process.rank}]' if process and process.rank else ''}: {cause}", file=sys.stderr)
     if process:
         end_process(process, cause)
+    finish_after_error()
     return status
 
 

@@ -21,6 +21,7 @@ import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,7 +45,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluation
-import records
 import train
 from config import read_config
 from dataloaders import BatchLayout, validation_batches
@@ -1345,13 +1345,15 @@ def test_full_disk_gives_one_sentence_with_two_processes_too(flags_for, tmp_path
 
 
 def test_failure_of_weights_and_biases_does_not_stop_training(flags_for, tmp_path, monkeypatch):
-    class Broken:
+    class Run:
+        def define_metric(self, *args, **kwargs): ...
+
         def log(self, *args, **kwargs):
             raise ConnectionResetError("the service is gone")
 
-        finish = log
-
-    monkeypatch.setattr(records, "start_wandb", lambda *args: Broken())
+    module = SimpleNamespace(init=lambda **kwargs: Run(), Settings=lambda **kwargs: None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     result = train_here(flags_for(tmp_path, max_steps=3))
     assert result.status == 0, result.err
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
