@@ -11,7 +11,6 @@ This is the only script that reads one: `weights_only=True` refuses code, and th
 
 import argparse
 import math
-import reprlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from checkpoints import STATE, read_state
 from files import allow_any_text_in_output, atomic_folder
-from json_files import read_object
+from json_files import read_object, shown
 from layouts import check_shapes, checked_config, meta_params
 from model import ModelConfig, Transformer
 from model_folders import find_checkpoint, read_model, verify_checkpoint, write_json, write_model
@@ -78,7 +77,7 @@ def to_meta(checkpoint: str, out: Path) -> None:
     model, settings, path = load(checkpoint)
     name = settings.get("dtype") or settings.get("torch_dtype") or "float32"
     if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"{path / 'config.json'}: dtype is {reprlib.repr(name)}, not one of {', '.join(DTYPES)}")
+        raise ValueError(f"{path / 'config.json'}: dtype is {shown(name)}, not one of {', '.join(DTYPES)}")
     dtype = DTYPES[name]
     weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
     with atomic_folder(out) as folder:
@@ -124,11 +123,11 @@ def read_meta_weights(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: not weights of Meta ({type(error).__name__}: {reason})") from error
     for name, weight in weights.items():
         if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
-            raise ValueError(f"{path}: not weights of Meta ({reprlib.repr(name)} is no weight)")
+            raise ValueError(f"{path}: not weights of Meta ({shown(name)} is no weight)")
         # A view repeats numbers, so it may be far larger than the file.
         plain = weight.layout is torch.strided and weight.device.type == "cpu" and weight.is_contiguous()
         if weight.dtype not in DTYPES.values() or not plain:
-            raise ValueError(f"{path}: {reprlib.repr(name)} is no plain matrix of {', '.join(DTYPES)}")
+            raise ValueError(f"{path}: {shown(name)} is no plain matrix of {', '.join(DTYPES)}")
     if len({weight.dtype for weight in weights.values()}) > 1:
         raise ValueError(f"{path}: its weights have several types; give a file with one")
     return weights

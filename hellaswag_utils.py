@@ -26,7 +26,6 @@ import codecs
 import json
 import math
 import re
-import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ from tqdm import tqdm
 
 from files import allow_any_text_in_output
 from hardware import fastest_dtype, keep_freed_memory, pick_device
-from json_files import parse_object
+from json_files import parse_object, shown
 from loss import token_losses
 from model import Transformer
 from model_utils import autocast, load_model
@@ -95,13 +94,13 @@ def check_row(row: dict, style: str) -> None:
         raise ValueError(f"{missing[0]} is missing")
     endings, label = row["endings"], row["label"]
     if not isinstance(endings, list) or len(endings) != NUM_ENDINGS:
-        raise ValueError(f"endings is {reprlib.repr(endings)}, not a list of {NUM_ENDINGS} texts")
+        raise ValueError(f"endings is {shown(endings)}, not a list of {NUM_ENDINGS} texts")
     for text in (*(row[name] for name in STYLES[style]), *endings):
         if not isinstance(text, str):
-            raise ValueError(f"{reprlib.repr(text)} is not a text")
+            raise ValueError(f"{shown(text)} is not a text")
         text.encode()  # a lone surrogate is half of a character, and a UnicodeEncodeError is a ValueError
-    if type(label) not in (int, str) or str(label) not in map(str, range(NUM_ENDINGS)):
-        raise ValueError(f"label is {reprlib.repr(label)}, not 0 to {NUM_ENDINGS - 1}")
+    if str(label) not in map(str, range(NUM_ENDINGS)):  # not so for 1.0 and true
+        raise ValueError(f"label is {shown(label)}, not 0 to {NUM_ENDINGS - 1}")
 
 
 def render(row: dict, tokenizer: Tokenizer, style: str = "gpt2") -> Example:

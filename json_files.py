@@ -40,7 +40,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"has the key {reprlib.repr(key)} twice")
+        raise ValueError(f"has the key {shown(key)} twice")
     return found
 
 
@@ -55,12 +55,22 @@ def check_values(found: Any, types: dict[str, type]) -> None:
     for key, kind in types.items():
         value = found[key]
         if type(value) is not kind or (kind is int and not 0 <= value < 2**53):
-            raise ValueError(f"{key} is {reprlib.repr(value)}")
+            raise ValueError(f"{key} is {shown(value)}")
 
 
 def is_plain_name(name: Any) -> bool:
     """Whether a value is the name of a file, without a path, on every operating system."""
-    return isinstance(name, str) and name.isprintable() and name.strip(". ") != "" and not set(name) & set("/\\:")
+    plain = isinstance(name, str) and len(name) < 256 and name.isprintable() and name.strip(". ") != ""
+    return plain and not set(name) & set("/\\:")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a message shows it: in one line, and cut where it is long or nested deep."""
+    return _SHORT.repr(value)
 
 
 if __name__ == "__main__":

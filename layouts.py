@@ -11,14 +11,13 @@ Shape letters: D model width, H heads of the matrix (query or key/value heads), 
 
 import dataclasses
 import json
-import reprlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
-from json_files import parse_object
+from json_files import parse_object, shown
 from model import ModelConfig, model_errors
 from tokenizer import NUM_SPECIAL_TOKENS, SPLIT_PATTERN, VOCAB_SIZES, Tokenizer
 
@@ -102,7 +101,7 @@ def check_shapes(found: dict[str, tuple[int, ...]], config: ModelConfig, name_of
         raise ValueError(f"it asks for {config.n_layers} layers, and there are {len(found)} weights")
     expected = {name_of(name): shape for name, shape in weight_shapes(config).items()}
     if wrong := sorted(expected.keys() ^ found.keys()):
-        raise ValueError(f"{reprlib.repr(wrong[0])} is missing or unknown")
+        raise ValueError(f"{shown(wrong[0])} is missing or unknown")
     for name, shape in expected.items():
         if found[name] != shape:
             raise ValueError(f"{name} has the shape {found[name]}, not {shape}")
@@ -130,7 +129,7 @@ def checked_config(values: dict[str, Any]) -> ModelConfig:
             right, kind = number or value is default is None, "a number"
             value = float(value) if number else value
         if not right:
-            wrong.append(f"{field.name}={reprlib.repr(value)}: must be {kind}")
+            wrong.append(f"{field.name}={shown(value)}: must be {kind}")
         fields[field.name] = value
     if not wrong:
         config = ModelConfig(**fields)
@@ -182,34 +181,32 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     rope = {"rope_type": "default"}
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(name) or {}, dict):
-            raise ValueError(f"not a Llama 3 ({name} is {reprlib.repr(config[name])}, not an object)")
+            raise ValueError(f"not a Llama 3 ({name} is {shown(config[name])}, not an object)")
         rope |= config.get(name) or {}
     rope_type = rope.get("type", rope["rope_type"]) if rope["rope_type"] == "default" else rope["rope_type"]
     heads, dim = config.get("num_attention_heads"), config.get("hidden_size")
     required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     wrong = [
-        f"{name} is missing" if value is None else f"{name} is {reprlib.repr(value)}, not a whole number from 1"
+        f"{name} is missing" if value is None else f"{name} is {shown(value)}, not a whole number from 1"
         for name, value in {name: config.get(name) for name in required}.items()
         if type(value) is not int or not 1 <= value <= MOST_WHOLE
     ]
     expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     wrong += [
-        f"{name} is {reprlib.repr(config[name])}, not {due!r}"
+        f"{name} is {shown(config[name])}, not {due!r}"
         for name, due in expected.items()
         if config.get(name, due) != due
     ]
     if rope_type not in ("default", "llama3"):
-        wrong.append(f"rope_type is {reprlib.repr(rope_type)}, not 'default' or 'llama3'")
+        wrong.append(f"rope_type is {shown(rope_type)}, not 'default' or 'llama3'")
     if rope_type == "llama3":
         wrong += [
-            f"{name} is {reprlib.repr(rope.get(name))}, not {due}"
+            f"{name} is {shown(rope.get(name))}, not {due}"
             for name, due in ROPE_SCALING.items()
             if rope.get(name) != due
         ]
     if not wrong and config.get("head_dim") not in (None, dim // heads):
-        wrong.append(
-            f"head_dim is {reprlib.repr(config['head_dim'])}, not hidden_size / num_attention_heads = {dim // heads}"
-        )
+        wrong.append(f"head_dim is {shown(config['head_dim'])}, not hidden_size / num_attention_heads = {dim // heads}")
     if wrong:
         raise ValueError(f"not a Llama 3 ({'; '.join(wrong)})")
     kv_heads = config.get("num_key_value_heads")

@@ -5,7 +5,6 @@ consists of them. But a name that stands in a file means a file of the folder, s
 """
 
 import json
-import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from files import sha256_of
-from json_files import is_plain_name, read_object
+from json_files import is_plain_name, read_object, shown
 from layouts import check_shapes, check_tokenizer, from_hf, hf_config, hf_name, model_config, to_hf, tokenizer_files
 from model import ModelConfig, Transformer, rope_tables
 
@@ -45,7 +44,7 @@ def best_in(folder: str | Path) -> Path | None:
     path = Path(folder) / BEST
     if not path.is_file():
         return None
-    name = path.read_bytes()[:100].decode(errors="replace").strip()
+    name = path.read_bytes()[:1000].decode(errors="replace").strip()
     if not (name.startswith("step_") and is_plain_name(name)):
         raise ValueError(f"{path}: does not name a checkpoint beside it; delete this file")
     return Path(folder) / name
@@ -67,7 +66,7 @@ def verify_checkpoint(path: Path, *, training_state: bool) -> None:
         raise ValueError(f"{path / MARK}: damaged ({error}); delete {path} and use an older checkpoint") from error
     if version != CHECKPOINT_FORMAT_VERSION:
         raise ValueError(
-            f"{path}: of format {reprlib.repr(version)}, this code reads {CHECKPOINT_FORMAT_VERSION}; "
+            f"{path}: of format {shown(version)}, this code reads {CHECKPOINT_FORMAT_VERSION}; "
             "take the code that wrote it"
         )
     for name, (size, digest) in files.items():
@@ -88,7 +87,7 @@ def described_files(files: Any) -> dict[str, tuple[Any, Any]]:
         raise ValueError("it does not describe files")
     for name in files:
         if not all(map(is_plain_name, name.split("/"))):
-            raise ValueError(f"the name {reprlib.repr(name)} may lead out of the folder")
+            raise ValueError(f"the name {shown(name)} may lead out of the folder")
     if "config.json" not in files or not {WEIGHTS, INDEX} & files.keys():
         raise ValueError("it does not describe the model")
     return {name: (about.get("size"), about.get("sha256")) for name, about in files.items()}
@@ -235,7 +234,7 @@ def weight_places(path: Path, config: ModelConfig) -> dict[str, str]:
             for name in (name for name in places if places[name] == file_name):
                 weight = file.get_slice(name)
                 if (dtype := weight.get_dtype()) not in DTYPES:
-                    raise ValueError(f"{path / file_name}: {reprlib.repr(name)} is {dtype}, not {', '.join(DTYPES)}")
+                    raise ValueError(f"{path / file_name}: {shown(name)} is {dtype}, not {', '.join(DTYPES)}")
                 shapes[name] = tuple(weight.get_shape())
     try:
         check_shapes(shapes, config, hf_name)
@@ -251,7 +250,7 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(places, dict):
             raise TypeError("weight_map is not an object")
         if wrong := [name for name in places.values() if not is_plain_name(name)]:
-            raise ValueError(f"{reprlib.repr(wrong[0])} is not the name of a file in this folder")
+            raise ValueError(f"{shown(wrong[0])} is not the name of a file in this folder")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not an index of weights ({error}); use another checkpoint") from error
     return places

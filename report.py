@@ -98,7 +98,7 @@ def read_json(text: str) -> dict:
     """The JSON object in `text`, or an empty dict if there is none: a killed run may leave an incomplete line."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: nested deeper than the parser goes
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -7,7 +7,6 @@ manifest is written last, so a folder with a manifest is complete.
 
 import io
 import os
-import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from files import atomic_write, replace_synced, sha256_of
-from json_files import check_values, read_object
+from json_files import check_values, read_object, shown
 from tokenizer import VOCAB_SIZES, Tokenizer
 
 SHARD_FORMAT_VERSION = 1
@@ -80,10 +79,10 @@ def read_manifest(folder: str | Path, flags: str = "") -> dict:
             f"{path}: not a manifest ({type(error).__name__}: {error}); delete {folder} and prepare it anew"
         ) from error
     if version != SHARD_FORMAT_VERSION:
-        version = reprlib.repr(version)
+        version = shown(version)
         raise ValueError(f"{path}: format {version}, this code reads {SHARD_FORMAT_VERSION}; prepare it anew")
     if dtype != (due := token_dtype(manifest["vocab_size"]).name):
-        raise ValueError(f"{path}: dtype {reprlib.repr(dtype)} where {due} is due; prepare the folder anew")
+        raise ValueError(f"{path}: dtype {shown(dtype)} where {due} is due; prepare the folder anew")
     return manifest
 
 
@@ -92,7 +91,7 @@ def check_shard_list(shards: list, first: int) -> None:
     for index, shard in enumerate(shards, start=first):
         check_values(shard, SHARD_TYPES)
         if (shard["file"], shard["split"]) != (shard_name(index), "train" if index else "val"):
-            name, split = map(reprlib.repr, (shard["file"], shard["split"]))
+            name, split = map(shown, (shard["file"], shard["split"]))
             raise ValueError(f"it has {name} of split {split} in the place of {shard_name(index)}")
 
 
@@ -111,7 +110,7 @@ def open_shard(path: Path) -> np.ndarray:
         if shard.ndim != 1 or shard.offset + shard.nbytes != path.stat().st_size:
             raise ValueError(f"shape {shard.shape}, {path.stat().st_size:,} bytes")
     except Exception as error:  # NumPy has no error of its own for a bad header: IndexError, TokenError, MemoryError
-        raise ValueError(f"{path}: damaged or cut short ({error}); prepare the folder anew") from error
+        raise ValueError(f"{path}: damaged or cut short ({shown(error)}); prepare the folder anew") from error
     return shard
 
 

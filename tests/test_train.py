@@ -1132,6 +1132,7 @@ def corpus_with_validation(tiny_corpus, tmp_path):
     def change(ids: np.ndarray) -> Path:
         root = shutil.copytree(tiny_corpus, tmp_path / "corpus")
         manifest = json.loads((root / "manifest.json").read_text())
+        manifest["tokens"] += len(ids) - manifest["shards"][0]["tokens"]
         manifest["shards"][0]["tokens"] = len(ids)
         (root / "manifest.json").write_text(json.dumps(manifest))
         np.save(root / manifest["shards"][0]["file"], ids.astype(manifest["dtype"]))
