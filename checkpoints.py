@@ -12,7 +12,6 @@ The folder is written under another name and renamed when all of it is on the di
 checkpoints holds the name of the one with the lowest validation loss.
 """
 
-import json
 import math
 import os
 import platform
@@ -31,6 +30,7 @@ from torch import Tensor
 from config import Config, config_as_dict
 from dataloaders import TrainWindows
 from files import atomic_folder, atomic_write, check_free_space, sha256_of
+from json_files import check_values, read_object
 from model import ModelConfig, Transformer
 from model_folders import (
     BEST,
@@ -262,7 +262,10 @@ class TrainState:
         self.windows.check_state(state["data"])
         load_weights(path, self.model)
         load_moments(path, self.model, self.optimizers)
-        restore_random_state(state["random_state"])
+        try:
+            restore_random_state(state["random_state"])
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{path / STATE}: damaged (random_state: {error}); use an older checkpoint") from error
         best = state["best_val_loss"]
         self.step, self.best_val_loss, self.run_id = state["step"], math.inf if best is None else best, state["run_id"]
         return changes
@@ -275,8 +278,13 @@ def read_state(path: Path) -> dict:
         ValueError: the file is damaged.
     """
     try:
-        return {**json.loads((path / STATE).read_text(encoding="utf-8"))} if (path / STATE).is_file() else {}
-    except (ValueError, TypeError) as error:
+        if not (path / STATE).exists():
+            return {}
+        state = read_object(path / STATE)
+        check_values(state, {"step": int, "config": dict})
+        check_values(state["config"], {"model": dict})
+        return state
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{path / STATE}: damaged ({error}); use an older checkpoint") from error
 
 
@@ -347,6 +355,13 @@ def check_run(path: Path, state: dict, cfg: Config) -> dict[str, list]:
     missing = parts - state.keys() | ({"optimizer"} if not (path / MOMENTS).is_file() else set())
     if missing:
         raise ValueError(f"{path}: holds a model but no run to resume ({', '.join(sorted(missing))} missing)")
+    try:
+        check_values(state, {"data": dict, "random_state": dict, "run_id": str})
+        check_values(state["random_state"], {"torch": str})
+        if state["best_val_loss"] is not None:
+            check_values(state, {"best_val_loss": float})
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path / STATE}: damaged ({error}); use an older checkpoint") from error
     was, now = flat(state["config"]), flat(config_as_dict(cfg))
     changes = {k: [was[k], v] for k, v in now.items() if k in was and was[k] != v and k not in FREE}
     lines = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items()]

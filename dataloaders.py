@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,12 @@ def open_streams(
         TokenStream(folder, split, vocab_size=vocab_size, fingerprint=fingerprint, quota=quota)
         for folder, quota in folder_quotas(data_root).items()
     ]
+
+
+def digest_of(stream: TokenStream) -> str:
+    """A digest of the contents of all shards of a stream, as its manifest has them."""
+    of_files = {shard["file"]: shard["sha256"] for shard in stream.manifest["shards"]}
+    return sha256("".join(of_files[file] for file in stream.files).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- order
@@ -205,7 +212,7 @@ class TrainWindows(Dataset):
     def state(self) -> dict[str, int | list[int]]:
         """What must be the same for a resumed run to see the windows that the first run would have seen."""
         tokens, quotas = [len(stream) for stream in self.streams], [stream.quota for stream in self.streams]
-        digests = [stream.digest for stream in self.streams]
+        digests = [digest_of(stream) for stream in self.streams]
         mixture = {"training tokens": tokens, "quotas": quotas}  # by place: a folder may have moved meanwhile
         return {
             "seed": self.seed,

@@ -28,7 +28,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with full_disk_named(path):
-            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            temporary.unlink(missing_ok=True)  # a link of this name would lead elsewhere
+            with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

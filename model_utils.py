@@ -124,7 +124,7 @@ def load_model(path: str | Path, device: torch.device) -> tuple[Transformer, dic
     verify_checkpoint(path, training_state=False)
     model, settings = read_model(path)
     state = read_state(path)
-    dtype = state["config"]["dtype"] if state else settings.get("dtype", settings.get("torch_dtype"))
+    dtype = state["config"].get("dtype") if state else settings.get("dtype", settings.get("torch_dtype"))
     return place_model(model, torch.device(device)).eval(), {"step": state.get("step"), "dtype": dtype}
 
 

@@ -149,7 +149,9 @@ def begin(state: TrainState, cfg: Config, process: Process) -> Start:
         start.changes = state.resume(Path(start.checkpoint), cfg)
         process.print(f"resuming from {start.checkpoint} after step {state.step}")
     elif cfg.init_from:
-        load_weights(find_checkpoint(cfg.init_from), state.model)
+        path = find_checkpoint(cfg.init_from)
+        run_on_rank_zero(partial(verify_checkpoint, path, training_state=False), process)
+        load_weights(path, state.model)
     if not start.same_run:
         state.run_id = start.run_id
     return start

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hellaswag_utils
 from config import Config
-from dataloaders import BLOCK, BatchLayout, TrainWindows, open_streams, validation_batches
+from dataloaders import BLOCK, BatchLayout, TrainWindows, digest_of, open_streams, validation_batches
 from load_hellaswag_dataset import write_sample
 from preparation import prepare
 from processes import Process, run_on_rank_zero
@@ -29,7 +29,7 @@ class RunData:
         """What must be the same on all ranks."""
         return {
             "training data": self.windows.state(),
-            "validation data": [stream.digest for stream in self.val_streams],
+            "validation data": [digest_of(stream) for stream in self.val_streams],
             "examples": sha256(repr(self.examples).encode()).hexdigest(),
         }
 

@@ -288,12 +288,6 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    @property
-    def digest(self) -> str:
-        """Of the contents of all shards, as the manifest has them."""
-        of_files = {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
-        return sha256("".join(of_files[file] for file in self.files).encode()).hexdigest()
-
     def __getstate__(self) -> dict:
         """Leave the memory maps out of a pickle, where they would be a copy of the corpus. Each process maps anew."""
         return {**self.__dict__, "_shards": None}

@@ -307,15 +307,11 @@ BAD_JSON = {
     "a million digits": b'{"hidden_size": ' + b"9" * 10**6 + b"}",
 }
 # read_state, in checkpoints.py, reads state.json with json.loads alone
-OPEN = {"nested lists", "nested objects", "nested lists, closed", "NaN", "Infinity", "1e999"}
-OPEN |= {"a key twice", "a key twice, inside"}
 
 
 @pytest.mark.parametrize("kind", BAD_JSON)
 @pytest.mark.parametrize("name", JSON_FILES)
-def test_bad_json_is_refused(model, run_dir, call, request, name, kind):
-    if name == "training_state/state.json" and kind in OPEN:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="read_state should call json_files.read_object"))
+def test_bad_json_is_refused(model, run_dir, call, name, kind):
     folder = model if name in ("config.json", INDEX, "tokenizer.json") else run_dir / "checkpoints/step_00000001"
     (folder / name).write_bytes(BAD_JSON[kind])
     where = "config.json" if name == "tokenizer.json" else Path(name).name
@@ -362,9 +358,9 @@ def test_layers_without_end_and_sizes_without_end_are_refused_at_once(model, cal
     """A model of this size must not be built before its weights are looked at."""
     settings = json.loads((model / "config.json").read_text())
     for fields in (
-        {"num_hidden_layers": 2**31 - 1},
-        {"hidden_size": 2**30, "head_dim": 2**28},
-        {"intermediate_size": 2**31 - 1},
+        {"num_hidden_layers": 2**24},
+        {"hidden_size": 2**24, "head_dim": 2**22},
+        {"intermediate_size": 2**24},
     ):
         (model / "config.json").write_text(json.dumps(settings | fields))
         assert_refused(call, [*SCRIPTS, "train"], model, "do not fit its configuration")
@@ -400,7 +396,6 @@ BAD_STATES = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="load_model, in model_utils.py, takes what the state says without a look")
 @pytest.mark.parametrize("kind", BAD_STATES)
 def test_a_state_without_its_fields_is_refused_or_not_needed(run_dir, call, kind):
     file = run_dir / "checkpoints/step_00000001/training_state/state.json"
@@ -632,7 +627,7 @@ def test_a_snapshot_of_the_hubs_cache_is_read(model, tmp_path, call):
 def test_train_begins_with_a_snapshot_of_the_hubs_cache(model, tmp_path, call, monkeypatch):
     """The loop itself is left out: reading the configuration already looks at every name and shape in the folder."""
     snapshot = as_snapshot(model, tmp_path / "cache")
-    monkeypatch.setattr(train, "train", lambda cfg, process: cfg.model.dim)
+    monkeypatch.setattr(train, "run", lambda cfg, process: cfg.model.dim)
     monkeypatch.setattr(train, "SAMPLE", train.replace(train.SAMPLE, total_batch_size=256, batch_size=16))
     assert call("train", snapshot)[0] == CONFIG.dim
 
@@ -711,17 +706,7 @@ def test_a_save_never_writes_or_deletes_through_a_link(run_dir, outside, kind):
     assert read_model(path)[0].config == CONFIG and not path.is_symlink()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(
-            kind, marks=pytest.mark.xfail(strict=True, reason="_clear_leftovers, in checkpoints.py, stops at a link")
-        )
-        if kind != "the file best"
-        else kind
-        for kind in LINKS
-    ],
-)
+@pytest.mark.parametrize("kind", LINKS)
 def test_a_save_takes_links_out_of_its_way(run_dir, outside, kind):
     target = outside / "checkpoints/step_00000001"
     link = run_dir / "checkpoints" / LINKS[kind]
@@ -745,7 +730,6 @@ def test_a_conversion_writes_through_no_link(model, outside, tmp_path, call):
     assert status == 1 and len(lines) == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="atomic_write, in files.py, opens its temporary file without O_EXCL")
 def test_a_file_that_is_written_whole_goes_through_no_link(tmp_path, outside):
     (tmp_path / f".a.{os.getpid()}.tmp").symlink_to(outside / "new")
     with atomic_write(tmp_path / "a", "w") as file:
