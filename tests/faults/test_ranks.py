@@ -247,7 +247,7 @@ register_optimizer_step_pre_hook(blow_up)
     assert best in names and int(best[5:]) <= 8
     # The cure that it names works.
     path = tmp_path / "run/checkpoints" / best
-    process = start_run([*flags(**fields), "--resume", str(path), "--max_lr", "1e-4", "--allow_config_change"])
+    process = start_run([*flags(**fields | {"max_lr": 1e-4}), "--resume", str(path), "--allow_config_change"])
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert {row["step"] for row in rows_of(tmp_path / "run")} == set(range(1, 31))
