@@ -82,8 +82,9 @@ class Watch(threading.Thread):
         signal.set_wakeup_fd(self._wakeup_fd)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._ear.close()
-        self._mouth.close()
+        if not self.is_alive():  # else it waits for the store, and needs them when it wakes
+            self._ear.close()
+            self._mouth.close()
 
     def fail(self, cause: str) -> None:
         """Tell the other ranks that this one ends, and why."""
