@@ -70,23 +70,48 @@ def start_process(device: torch.device, timeout: int = 600) -> Process:
     store = None
     if world_size() > 1:
         limit = timedelta(seconds=timeout)
+        store = own_store(limit)
+        place = {"store": dist.PrefixStore("group", store), "rank": rank(), "world_size": world_size()}
         if device.type == "cpu":  # torchrun sets one thread a process, however many cores there are
             torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-            dist.init_process_group("gloo", timeout=limit)
+            dist.init_process_group("gloo", timeout=limit, **place)
         else:
-            dist.init_process_group("nccl", timeout=limit, device_id=device)
-        store = shared_store(device, limit)
+            dist.init_process_group("nccl", timeout=limit, device_id=device, **place)
     process = Process(rank(), world_size(), device, Watch(rank(), world_size(), store, timeout))
     process.watch.start()
     return process
 
 
-def shared_store(device: torch.device, limit: timedelta) -> dist.Store:
-    """A store of this run alone. After a restart torchrun's store still has the keys of the time before."""
-    number = torch.tensor([secrets.randbits(62)], device=device)
-    dist.broadcast(number, src=0)
+def own_store(limit: timedelta) -> dist.Store:
+    """A part of the shared store that only the ranks of this start use.
+
+    After a restart torchrun's store still has the keys of the ranks before. A rank that reads them waits for a process
+    that is dead. So each rank writes a number that it has just drawn. Rank zero writes the list of all numbers again
+    and again, until every rank has found its own there. An old list lacks the number, so no rank takes it.
+
+    Raises:
+        DistError: rank zero or another rank did not start within `limit`.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore(f"run {number.item()}", dist.TCPStore(host, port, is_master=False, timeout=limit))
+    # Rank zero hosts the store, unless torchrun does.
+    is_host = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(host, port, is_master=is_host, timeout=limit, wait_for_workers=False)
+    own, deadline = secrets.token_hex(8), time.monotonic() + limit.total_seconds()
+    others = range(1, world_size())
+    if rank():
+        store.set(f"number {rank()}", own)
+    while time.monotonic() < deadline:
+        if rank() == 0:
+            there = [r for r in others if store.check([f"number {r}"])]
+            store.set("numbers", json.dumps([own, *(store.get(f"number {r}").decode() for r in there)]))
+            if all(store.check([f"{own} {r}"]) for r in others):
+                return dist.PrefixStore(own, store)
+        elif store.check(["numbers"]) and own in (numbers := json.loads(store.get("numbers"))):
+            store.set(f"{numbers[0]} {rank()}", "")
+            return dist.PrefixStore(numbers[0], store)
+        time.sleep(0.05)
+    missing = [r for r in others if not store.check([f"{own} {r}"])] if rank() == 0 else [0]
+    raise dist.DistStoreError(f"{named_ranks(missing)} did not start within {limit.total_seconds():.0f} seconds")
 
 
 def end_process(process: Process, cause: str) -> None:

@@ -29,6 +29,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "S
 PERIOD = 1.0  # seconds between two heartbeats
 PATIENCE = 2.0  # seconds in which further signals are the same wish: torchrun forwards its own to ranks that have one
 SLOW, LEAST_SLOW = 10, 5.0  # a step is far too long at SLOW times its usual time and LEAST_SLOW seconds
+STOP_TIMEOUT = 10.0  # seconds without a heartbeat after which a rank counts as lost when a stop signal has come
 LAST_SECONDS = 3.0  # that the main thread has for an end of its own when another rank has failed
 
 
@@ -176,7 +177,8 @@ class Watch(threading.Thread):
             if record != self._others.get(rank):
                 self._others[rank], self._changed[rank] = record, now
             self.stop = self.stop or record["stop"]
-        failed = self._failed(self.timeout)
+        # torchrun stops all ranks when one has died. It would kill a rank that waits for the dead one after 30 seconds.
+        failed = self._failed(min(self.timeout, STOP_TIMEOUT) if self.stop else self.timeout)
         if not failed or self._closing or self._record["failed"] or "ended" in self._record:
             return
         if not self._end_at:

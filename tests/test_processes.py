@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import free_port
 from test_model_utils import set_ranks
 
 import processes
@@ -52,7 +53,7 @@ def test_processes_share_the_cores_that_they_may_use(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
-    monkeypatch.setattr(processes, "shared_store", lambda device, limit: None)
+    monkeypatch.setattr(processes, "own_store", lambda limit: torch.distributed.HashStore())
     process = start_process(CPU)
     process.watch.close()
     assert process.world_size == 2
@@ -194,10 +195,7 @@ def test_a_step_far_longer_than_usual_prints_the_stacks_once(watching, monkeypat
 
 @pytest.fixture
 def store():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return torch.distributed.TCPStore("127.0.0.1", port, is_master=True, timeout=timedelta(seconds=20))
+    return torch.distributed.TCPStore("127.0.0.1", free_port(), is_master=True, timeout=timedelta(seconds=20))
 
 
 def record_of(rank: int, **changes) -> str:
@@ -251,6 +249,22 @@ def test_a_rank_that_has_failed_or_fallen_silent_ends_the_others(store, monkeypa
     assert err.count("so this rank ends too") == 1 and words in err
 
 
+@pytest.mark.parametrize("stop", [0, int(signal.SIGTERM)])
+def test_a_stop_signal_shortens_the_wait_for_a_silent_rank(store, monkeypatch, stop):
+    """torchrun stops the others when one rank has died, and kills after 30 seconds what still waits for it."""
+    ends = []
+    monkeypatch.setattr(watch, "PERIOD", 0.05)
+    monkeypatch.setattr(watch, "STOP_TIMEOUT", 0.5)
+    monkeypatch.setattr(watch, "LAST_SECONDS", 0.1)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    store.set("rank/1", record_of(1, stop=stop))
+    other = Watch(0, 2, store, timeout=600)
+    other.start()
+    time.sleep(2)
+    other.close()
+    assert set(ends) == ({1} if stop else set())
+
+
 def test_a_rank_that_has_ended_may_be_silent(store, monkeypatch):
     monkeypatch.setattr(watch, "PERIOD", 0.05)
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
@@ -285,9 +299,10 @@ def test_a_store_that_is_gone_asks_the_run_to_stop(monkeypatch, capfd):
 
 
 RANKS = """
-import sys, time, torch
+import os, sys, time, torch
 from datetime import timedelta
 from processes import *
+{before}
 process = start_process(torch.device("cpu"), timeout=20)
 cause = ""
 try:
@@ -299,13 +314,11 @@ end_process(process, cause)
 """
 
 
-def ranks(tmp_path: Path, body: str, count: int = 2) -> list[str]:
-    """What processes of `count` ranks print that run `body`."""
+def ranks(tmp_path: Path, body: str, count: int = 2, *, before: str = "", port: int = 0) -> list[str]:
+    """What processes of `count` ranks print that run `body`. `before` comes before they meet, in a store at `port`."""
     script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(body=textwrap.indent(textwrap.dedent(body), "    ")))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    script.write_text(RANKS.format(body=textwrap.indent(textwrap.dedent(body), "    "), before=textwrap.dedent(before)))
+    port = port or free_port()
     env = os.environ | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     started = [
@@ -355,3 +368,29 @@ def test_work_of_rank_zero_may_take_longer_than_a_collective(tmp_path):
         print(run_on_rank_zero(lambda: time.sleep(4), process), sum_over_processes([1.0], process))
     """
     assert [output.strip() for output in ranks(tmp_path, body)] == ["None [2.0]"] * 2
+
+
+def test_a_restart_does_not_read_what_the_ranks_before_have_left_in_the_store(store, tmp_path, monkeypatch):
+    """torchrun's store outlives its ranks. Here rank 1 starts first, while all keys of the time before are there."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    body = """
+        print(sum_over_processes([process.rank + 1.0], process))
+    """
+    assert ranks(tmp_path, body, port=store.port) == ["[3.0]\n"] * 2
+    keys = store.num_keys()
+    late = """
+        if os.environ["RANK"] == "0":
+            time.sleep(3)
+    """
+    assert ranks(tmp_path, body, before=late, port=store.port) == ["[3.0]\n"] * 2
+    assert store.num_keys() > keys
+    assert json.loads(store.get("numbers"))[1] == store.get("number 1").decode()
+
+
+def test_a_rank_that_never_starts_is_named(tmp_path, monkeypatch):
+    """Rank 1 of 3 does not start, so rank zero ends after the time limit."""
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    set_ranks(monkeypatch, 0, 3)
+    with pytest.raises(torch.distributed.DistError, match="ranks 1-2 did not start within 1 seconds"):
+        processes.own_store(timedelta(seconds=1))
