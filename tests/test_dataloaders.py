@@ -170,6 +170,13 @@ def test_batches_of_several_steps_are_the_batches_of_each_step(stream):
     assert list(windows.batches(3, 3, torch.device("cpu"))) == []
 
 
+def test_reading_batches_leaves_torchs_random_state_alone(stream):
+    """A resumed run has the random state of the unbroken one, however often it was resumed."""
+    before = torch.get_rng_state()
+    assert len(list(make_windows(stream).batches(0, 2, torch.device("cpu")))) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 12])
 def test_an_epoch_has_every_window_once_even_if_a_batch_spans_two_epochs(stream, batch_size):
     order = [w for step in consumed(stream, 1, batch_size, 0, 16) for w in step]  # 6 epochs of 32

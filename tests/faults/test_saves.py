@@ -21,6 +21,7 @@ from test_checkpoints import trained
 import checkpoints
 import model_folders
 from checkpoints import CheckpointSaver, TrainState, save_checkpoint
+from preparation import prepare
 from resuming import Start, find_start, leave_spoilt
 
 pytestmark = pytest.mark.faults
@@ -245,6 +246,36 @@ def test_a_disk_full_at_any_write_of_a_save_keeps_the_earlier_ones_whole(tmp_pat
                 break
         assert failed > 20
         assert run.resume().checkpoint.endswith("step_00000002")
+
+
+def test_a_disk_full_at_any_write_of_a_preparation_loses_no_shard(tmp_path):
+    """The disk grows from try to try. In the end the folder has the bytes of one that never met its end."""
+    draw = random.Random(0)
+    texts = tmp_path / "texts.jsonl"
+    documents = ["".join(draw.choices("abcdefghij ", k=600)) for _ in range(200)]
+    texts.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    arguments = {"vocab_size": 512, "shard_size": 8192, "val_fraction": 0.2, "show_progress": False}
+    prepare([str(texts)], tmp_path / "whole", **arguments)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    disk, size, failed, kept = tmp_path / "disk", 2**16, 0, 0
+    with small_disk(disk, size):
+        while True:
+            try:
+                prepare([str(texts)], disk / "data", **arguments)
+            except OSError as error:
+                failed += 1
+                assert str(disk) in str(error), error
+                assert not list(disk.rglob("*.tmp"))
+                shards = {path.name for path in disk.rglob("edufineweb_train*")}
+                assert len(shards) >= kept  # what was whole stays
+                kept = len(shards)
+                assert all((disk / "data" / name).read_bytes() == whole[name] for name in shards)
+            else:
+                break
+            size += 2**13
+            subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+        assert failed > 5
+        assert {path.name: path.read_bytes() for path in (disk / "data").iterdir()} == whole
 
 
 @contextmanager
