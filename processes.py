@@ -180,19 +180,24 @@ def run_on_rank_zero(work: Callable[[], Any], process: Process) -> Any:
     """
     if process.world_size == 1:
         return work()
-    key = f"work {next(_numbers)}"
-    if not process.is_main:
-        answer = json.loads(process.watch.wait_for(key))
-        if "failed" in answer:
-            raise RankZeroFailed
-        return answer["result"]
+    key, answer, error = f"work {next(_numbers)}", [None], None
+    if process.is_main:
+        try:
+            answer = [json.dumps({"result": work()})]
+        except BaseException as failure:
+            error = failure
+        process.watch.tell(key)
+    else:
+        process.watch.wait_for(key)
+    # The key only ends the wait. The answer itself does without the store, which torchrun may take with it.
     try:
-        result = work()
-    except BaseException:
-        process.watch.store.set(key, json.dumps({"failed": True}))
-        raise
-    process.watch.store.set(key, json.dumps({"result": result}))
-    return result
+        dist.broadcast_object_list(answer, src=0, device=process.device)
+    finally:
+        if error:
+            raise error
+    if answer[0] is None:
+        raise RankZeroFailed
+    return json.loads(answer[0])["result"]
 
 
 def compare_ranks(facts: dict[str, Any], process: Process) -> None:
@@ -207,8 +212,11 @@ def compare_ranks(facts: dict[str, Any], process: Process) -> None:
     if process.world_size == 1:
         return
     keys = [f"facts {next(_numbers)} of {number}" for number in range(process.world_size)]
-    process.watch.store.set(keys[process.rank], json.dumps(facts))
-    of_ranks = [json.loads(process.watch.wait_for(key)) for key in keys]
+    process.watch.tell(keys[process.rank])
+    if not all(map(process.watch.wait_for, keys)):
+        raise ConnectionError("torchrun is gone, and this run has not begun; start it again")
+    of_ranks = [{}] * process.world_size
+    dist.all_gather_object(of_ranks, facts)
     lines = []
     for name in dict.fromkeys(name for theirs in of_ranks for name in theirs):
         ranks: dict[str, list[int]] = {}

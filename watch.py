@@ -103,13 +103,25 @@ class Watch(threading.Thread):
         self._step = None
         self._record["at"] += f", {what_is_next}"
 
-    def wait_for(self, key: str) -> bytes:
-        """Wait until a rank has set `key` in the store, however long it takes. A lost rank ends this process too."""
+    def tell(self, key: str) -> None:
+        """Set `key`, which other ranks wait for."""
+        with suppress(RuntimeError):  # torchrun is gone, and the store with it: then nobody waits
+            if (store := self.store) is not None:
+                store.set(key, "")
+
+    def wait_for(self, key: str) -> bool:
+        """Wait until a rank has set `key`, however long it takes. A lost rank ends this process too.
+
+        Returns False if the store is gone, and True otherwise.
+        """
         pause = 0.001
-        while not self.store.check([key]):
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
-        return self.store.get(key)
+        with suppress(RuntimeError):  # torchrun is gone, and the store with it
+            while (store := self.store) is not None:
+                if store.check([key]):
+                    return True
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+        return False
 
     def failures(self, seconds: float) -> str:
         """Which other ranks have failed or fallen silent; waits `seconds` at most for the news. Else where all are."""

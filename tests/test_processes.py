@@ -294,6 +294,8 @@ def test_a_store_that_is_gone_asks_the_run_to_stop(monkeypatch, capfd):
     other.start()
     time.sleep(0.5)
     other.close()
+    other.tell("key")
+    assert other.wait_for("key") is False  # and does not wait
     assert other.stop == signal.SIGTERM
     assert capfd.readouterr().err.count("torchrun is gone, so this run saves and stops") == 1
 
