@@ -237,7 +237,7 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
                 if skipped > cfg.skip_nonfinite:
                     run_on_rank_zero(saver.wait, process)  # the message lists what is saved
                     raise ValueError(broken(step, done, saver.folder))
-                record_update(records, step, seconds, done, skipped, cfg)
+                records.training(step, seconds, row_of(done, skipped, cfg))
                 profiler.step()
 
         # ---- along the way: what a stop signal leaves out here, the resumed run makes up
@@ -283,17 +283,12 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
     return 0
 
 
-def record_update(records: Records, step: int, seconds: float, done: Update, skipped: int, cfg: Config) -> None:
+def row_of(done: Update, skipped: int, cfg: Config) -> dict:
     """The row of an update. One that was left out has neither loss nor norm: JSON has no word for NaN."""
     row = {"lr": done.lr_factor * cfg.max_lr}
     if skipped:
-        words = (
-            f"left out, because its loss or gradient is not finite: {skipped} in a row of at most {cfg.skip_nonfinite}"
-        )
-        records.write(step, row | {"skipped": skipped}, words)
-    else:
-        row = {"train_loss": sum(done.losses) / len(done.losses)} | row | {"grad_norm": done.grad_norm}
-        records.training(step, seconds, row)
+        return row | {"skipped": skipped}
+    return {"train_loss": sum(done.losses) / len(done.losses)} | row | {"grad_norm": done.grad_norm}
 
 
 def broken(step: int, done: Update, folder: Path) -> str:
