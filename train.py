@@ -44,7 +44,7 @@ from processes import (
     start_process,
 )
 from profiling import start_profiler
-from records import Records, write_report_or_say_why
+from records import write_report_or_say_why
 from resuming import begin, open_records
 from rows import SourceError
 from run_data import describe, open_data
