@@ -38,6 +38,7 @@ from model_folders import (
     MARK,
     best_in,
     checkpoints_in,
+    is_finite,
     load_weights,
     opened,
     write_json,
@@ -146,7 +147,7 @@ class CheckpointSaver:
         """
         self.wait()
         for name, weight in checkpoint["model"].items():
-            if not torch.isfinite(weight).all():
+            if not is_finite(weight.detach()):
                 raise ValueError(
                     f"step {checkpoint['step']}: {name} holds numbers that are not finite, so it is not saved; "
                     + ways_back(self.folder)

@@ -7,11 +7,19 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from checkpoints import MOMENTS, TrainState, read_state
 from config import Config
-from model_folders import BEST, MARK, best_in, checkpoints_in, find_checkpoint, load_weights, opened, verify_checkpoint
+from model_folders import (
+    BEST,
+    MARK,
+    best_in,
+    checkpoints_in,
+    find_checkpoint,
+    is_finite,
+    load_weights,
+    opened,
+    verify_checkpoint,
+)
 from processes import Process, run_on_rank_zero
 from records import Records, recorded_at
 
@@ -105,7 +113,7 @@ def fault_of(path: Path) -> str:
                 return f"holds a model but no run to resume ({file.name} missing)"
             with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if not torch.isfinite(tensors.get_tensor(name)).all():
+                    if not is_finite(tensors.get_tensor(name)):
                         return f"{file.name}: {name} holds numbers that are not finite"
     except (ValueError, OSError) as error:
         return str(error).removeprefix(f"{path}: ")
