@@ -5,6 +5,7 @@ consists of them. But a name that stands in a file means a file of the folder, s
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
