@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 import files
-from files import FolderLocked, allow_any_text_in_output, atomic_write, lock_folder, sha256_of
+from files import FolderLocked, allow_any_text_in_output, atomic_folder, atomic_write, lock_folder, sha256_of
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -98,6 +98,20 @@ def test_content_and_name_reach_the_disk_in_that_order(old, monkeypatch):
         file.write(b"new")
     inode = old.stat().st_ino
     assert events == [("fsync", inode), ("replace", inode), ("fsync", old.parent.stat().st_ino)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no folder can be synced")
+def test_all_of_a_folder_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    with atomic_folder(tmp_path / "new") as folder:
+        (folder / "below").mkdir()
+        (folder / "below/file").write_text("b")
+        (folder / "file").write_text("a")
+    places = [tmp_path / "new", *(tmp_path / "new").rglob("*")]
+    assert sorted(events[:4]) == sorted(path.stat().st_ino for path in places)
+    assert events[4:] == ["replace", tmp_path.stat().st_ino]
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 1, 3_000_000])  # the file is read in blocks of 2^20 bytes
