@@ -35,27 +35,28 @@ class RunLock:
             FolderLocked: another run holds it.
             OSError: the folder cannot be written to.
         """
+        locked = True
         try:
             self._stack.enter_context(lock_folder(self.folder))
         except FolderLocked as error:
             raise FolderLocked(f"out_dir={self.folder}: {self._who()}; wait, or choose another --out_dir") from error
         except NoLocks:
-            pass  # a shared file system without locks: the heartbeat decides
+            locked = False  # a file system without locks: the heartbeat decides
         except OSError as error:
             raise OSError(f"out_dir={self.folder}: cannot be written to ({error}); choose another --out_dir") from error
         try:
-            self._refuse_living_holder()
+            self._refuse_living_holder(locked)
             now = datetime.now().astimezone()
             content = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
             self._text = json.dumps(content | {"since": now.isoformat(timespec="seconds")})
-            self.beat()
+            self._write()
         except BaseException:
             self._stack.close()
             raise
 
-    def _refuse_living_holder(self) -> None:
-        """On this machine the lock has told already. Of another machine only the heartbeat tells."""
-        if not self.holder.is_file() or self._read().get("machine") == machine():
+    def _refuse_living_holder(self, locked: bool) -> None:
+        """On this machine the lock has told already, if there are locks. Of another machine only the heartbeat tells."""
+        if not self.holder.is_file() or (locked and self._read().get("machine") == machine()):
             return
         probe = self.folder / f".probe.{os.getpid()}.tmp"  # the time of the file system's own clock
         probe.touch()
@@ -83,6 +84,13 @@ class RunLock:
         """Renew the sign of life, if it is time."""
         if not self._text or time.monotonic() - self._beaten < BEAT:
             return
+        self._beaten = time.monotonic()
+        try:
+            os.utime(self.holder)  # no sync: behind a save of gigabytes it would take longer than ranks wait for a sign
+        except OSError:
+            self._write()
+
+    def _write(self) -> None:
         self._beaten = time.monotonic()
         # On a full disk this machine's own lock holds without the file.
         with suppress(OSError), atomic_write(self.holder, "w") as file:
