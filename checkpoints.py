@@ -135,7 +135,7 @@ class CheckpointSaver:
     def __init__(self, folder: str | Path, keep: int):
         self.folder, self.keep = Path(folder), keep
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     def save(self, checkpoint: dict, *, is_best: bool, is_last: bool = False) -> None:
         """Copy the tensors of `checkpoint`, and begin to write it as `save_checkpoint` does.
@@ -164,10 +164,11 @@ class CheckpointSaver:
             save_checkpoint(self.folder, checkpoint, keep=self.keep, is_best=is_best)
             self._error = None
             print(f"step {checkpoint['step']:>6}  saved in {self.folder}", flush=True)
-        except OSError as error:
+        except Exception as error:  # an error that nobody caught here would be lost, and the run would seem saved
             self._error = error
             if not is_last:
-                print(f"train.py: {error}; training goes on, the next save tries again", file=sys.stderr, flush=True)
+                cause = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                print(f"train.py: {cause}; training goes on, the next save tries again", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Wait until the save in progress has ended."""
@@ -178,7 +179,7 @@ class CheckpointSaver:
         """Wait for the last save.
 
         Raises:
-            OSError: it failed.
+            Exception: it failed.
         """
         self.wait()
         if self._error:

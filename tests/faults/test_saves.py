@@ -310,6 +310,21 @@ def test_a_save_that_fails_does_not_end_the_run_and_the_next_one_succeeds(tmp_pa
     assert not capsys.readouterr().err  # whoever called finish says it
 
 
+@pytest.mark.parametrize("is_last", [True, False])
+def test_an_error_in_the_background_that_nobody_expects_is_not_lost(tmp_path, monkeypatch, capsys, is_last):
+    def broken(*args):
+        raise MemoryError("no room for the weights")
+
+    run = Run(tmp_path)
+    monkeypatch.setattr(checkpoints, "write_model", broken)
+    saver = CheckpointSaver(run.folder, keep=2)
+    saver.save(run.state.as_checkpoint(run.cfg, "tokens"), is_best=False, is_last=is_last)
+    with pytest.raises(MemoryError, match="no room for the weights"):
+        saver.finish()
+    err = capsys.readouterr().err
+    assert not err if is_last else "MemoryError: no room for the weights; training goes on" in err
+
+
 # ---------------------------------------------------------------- a damaged checkpoint
 
 
