@@ -91,6 +91,13 @@ def recorded_at(out_dir: Path, step: int) -> set[str]:
     return keys & {"val_loss", "hellaswag_acc", "samples_end"}
 
 
+def recorded_loss(out_dir: Path, checkpoint: Path | None) -> float | None:
+    """The val_loss that the rows of metrics.jsonl have of the step of a checkpoint; None if there is none."""
+    name = checkpoint.name if checkpoint else ""
+    losses = [row["val_loss"] for row in read_rows(out_dir) if "val_loss" in row and f"step_{row['step']:08d}" == name]
+    return losses[-1] if losses and isinstance(losses[-1], float) else None
+
+
 def drop_after(out_dir: Path, last_step: int) -> None:
     """Drop the rows and samples beyond `last_step`: an earlier run wrote them after its last checkpoint.
 

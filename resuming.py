@@ -21,7 +21,7 @@ from model_folders import (
     verify_checkpoint,
 )
 from processes import Process, run_on_rank_zero
-from records import Records, recorded_at
+from records import Records, recorded_at, recorded_loss
 
 ASIDE = "aside"
 
@@ -33,6 +33,7 @@ class Start:
     checkpoint: str = ""  # to go on from; "": the run is new
     same_run: bool = False  # the checkpoint is in this run's own folder, so its records go on too
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # of a run that does not go on
+    best_val_loss: float | None = None  # that the records have of the best checkpoint
     recorded: list[str] = field(default_factory=list)  # the evaluations that the records have of the checkpoint's step
     spoilt: list[str] = field(default_factory=list)  # newer checkpoints, which this run leaves
     notes: list[str] = field(default_factory=list)  # sentences to print
@@ -67,6 +68,7 @@ def find_start(cfg: Config) -> dict:
     start.notes = [f"{bad}: {problem}; trying the one before" for bad, problem in problems.items()]
     if start.same_run:
         start.spoilt = [str(other) for other in steps_in(folder) if other.name > path.name]
+        start.best_val_loss = recorded_loss(Path(cfg.out_dir), best_in(folder))
         start.recorded = sorted(recorded_at(Path(cfg.out_dir), read_state(path)["step"]))
     return asdict(start)
 
@@ -155,6 +157,8 @@ def begin(state: TrainState, cfg: Config, process: Process) -> Start:
         process.print(note)
     if start.checkpoint:
         start.changes = state.resume(Path(start.checkpoint), cfg)
+        if start.best_val_loss is not None:  # a validation that came after the save is not in the checkpoint
+            state.best_val_loss = min(state.best_val_loss, start.best_val_loss)
         process.print(f"resuming from {start.checkpoint} after step {state.step}")
     elif cfg.init_from:
         path = find_checkpoint(cfg.init_from)

@@ -47,7 +47,7 @@ from profiling import start_profiler
 from records import write_report_or_say_why
 from resuming import begin, open_records
 from rows import SourceError
-from run_data import describe, open_data
+from run_data import RunData, describe, open_data
 from run_lock import RunLock
 from wandb_log import finish_after_error
 
@@ -252,10 +252,8 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
                 records.validation(step, row, data.windows.shares(step))
         is_best = val_loss < state.best_val_loss
         if state.step != saved and (stop or saved < 0 or step == cfg.max_steps or is_due(cfg.save_every, step)):
-            saved, state.best_val_loss = state.step, min(state.best_val_loss, val_loss)
-            checkpoint = state.as_checkpoint(cfg, data.tokenizer.fingerprint)
             is_end = stop > 0 or step == cfg.max_steps
-            run_on_rank_zero(partial(saver.save, checkpoint, is_best=is_best, is_last=is_end), process)
+            saved = save(state, val_loss, cfg, data, saver, process, is_last=is_end)
         elif is_best and step and state.step == saved:
             state.best_val_loss = val_loss
             run_on_rank_zero(partial(mark_best, saver.folder, step), process)
@@ -268,19 +266,38 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
             row, stop = draw_samples(bare_model, data.tokenizer, cfg, process, step)
             records.samples(step, row)
         if stop:
+            if state.step != saved:  # the signal came after the validation
+                save(state, val_loss, cfg, data, saver, process, is_last=True)
             break
     profiler.finish()
     run_on_rank_zero(saver.finish, process)
-    records.close(finished=not stop)
+    run_on_rank_zero(partial(records.close, finished=not stop), process)  # it may wait for Weights & Biases
     if stop:
         process.print(f"stopped after step {state.step} by {signal.Signals(stop).name}; --resume True goes on there")
         return 128 + stop
-    if process.is_main and write_report_or_say_why(Path(cfg.out_dir)):
-        print(
+    if run_on_rank_zero(partial(write_report_or_say_why, Path(cfg.out_dir)), process):
+        process.print(
             f"done: {cfg.out_dir}/report.html has the plots; "
             f"`python generate.py --checkpoint {cfg.out_dir} --prompt ...` continues a text"
         )
     return 0
+
+
+def save(
+    state: TrainState,
+    val_loss: float,
+    cfg: Config,
+    data: RunData,
+    saver: CheckpointSaver,
+    process: Process,
+    *,
+    is_last: bool,
+) -> int:
+    """Begin to save the run. `val_loss` is that of this step, or infinite. Returns the step."""
+    is_best, state.best_val_loss = val_loss < state.best_val_loss, min(state.best_val_loss, val_loss)
+    checkpoint = state.as_checkpoint(cfg, data.tokenizer.fingerprint)
+    run_on_rank_zero(partial(saver.save, checkpoint, is_best=is_best, is_last=is_last), process)
+    return state.step
 
 
 def row_of(done: Update, skipped: int, cfg: Config) -> dict:
@@ -363,7 +380,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main()
+    try:
+        exit_status = main()
+    except Exception:  # a rank was lost at the very end
+        traceback.print_exc()
+        exit_status = 1
     # No thread and no worker process may keep this one alive: gloo's, the loader's, those of Weights & Biases.
     sys.stdout.flush()
     sys.stderr.flush()

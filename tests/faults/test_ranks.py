@@ -417,3 +417,44 @@ def test_a_run_of_another_machine_holds_the_folder_while_its_heart_beats(tmp_pat
     assert time.time() - holder.stat().st_mtime < 60
     lock.release()
     assert not list(tmp_path.iterdir())
+
+
+def test_without_locks_a_run_of_the_same_machine_holds_the_folder_too(tmp_path, monkeypatch):
+    def no_locks(folder):
+        raise run_lock.NoLocks("no locks")
+
+    monkeypatch.setattr(run_lock, "lock_folder", no_locks)
+    first = run_lock.RunLock(tmp_path)
+    first.acquire()
+    with pytest.raises(run_lock.FolderLocked, match=f"process {os.getpid()} on "):
+        run_lock.RunLock(tmp_path).acquire()
+    first.release()
+    run_lock.RunLock(tmp_path).acquire()
+
+
+def test_a_heartbeat_syncs_nothing_and_makes_a_lost_file_again(tmp_path, monkeypatch):
+    """A sync waits behind the gigabytes of a save. In that time the other ranks would hear nothing of this one."""
+    lock = run_lock.RunLock(tmp_path)
+    lock.acquire()
+    monkeypatch.setattr(run_lock, "BEAT", 0)
+    lock.holder.unlink()
+    lock.beat()
+    assert json.loads(lock.holder.read_text())["pid"] == os.getpid()
+    os.utime(lock.holder, (1, 1))
+    monkeypatch.setattr(os, "fsync", lambda fd: pytest.fail("synced"))
+    lock.beat()
+    assert time.time() - lock.holder.stat().st_mtime < 60
+    lock.release()
+
+
+def test_an_error_at_the_very_end_ends_the_process_although_a_thread_goes_on(flags, tmp_path):
+    patch = """
+import threading, processes
+def lost(*args):
+    threading.Thread(target=time.sleep, args=(100,)).start()
+    raise RuntimeError("a rank was lost at the end")
+processes.end_process = lost
+"""
+    with Ranks(driver(tmp_path / "driver", HEAD + patch), flags(max_steps=1), 1) as ranks:
+        assert ranks.wait(30) == [1]
+        assert "a rank was lost at the end" in ranks.text("err")

@@ -221,3 +221,45 @@ def test_a_resume_beyond_the_end_changes_nothing_and_says_so(flags, whole, tmp_p
     out, err = start_run([*flags(out_dir), "--resume", "True"]).communicate(timeout=60)
     assert b"nothing is left to do" in out, (out, err)
     assert {path: path.read_bytes() for path in out_dir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", ["hellaswag", "generation"])
+def test_a_signal_in_an_evaluation_at_a_step_that_saves_nothing_saves_it(moment, flags, tmp_path):
+    """Step 20 has HellaSwag and samples, but no save is due."""
+    fields = flags(tmp_path / "run", save_every=0, max_steps=30)
+    with Ranks(driver(tmp_path / "driver", HEAD + MOMENTS[moment]), fields, 2) as ranks:
+        pids = ranks.pids()
+        ranks.marked("now", 0)
+        os.kill(pids[1], signal.SIGTERM)
+        assert ranks.wait(20) == [128 + signal.SIGTERM] * 2, ranks.text("err")
+    assert checkpoint_of(tmp_path / "run", 20)["step"] == 20
+    assert (tmp_path / "run/checkpoints/best").read_text() == "step_00000020\n"
+
+
+# The losses of validations are given. Those of steps 30 and 40 are worse than that of step 20.
+GIVEN_LOSSES = """
+import inspect, signal
+import evaluation
+real = evaluation.validate
+def given(*args):
+    step = inspect.currentframe().f_back.f_locals["step"]
+    if step == {step}:
+        os.kill(os.getpid(), {number}); time.sleep(0.1)
+    row, stop = real(*args)
+    return ({{"val_loss": {{0: 9.0, 10: 5.0, 20: 1.0, 30: 3.0, 40: 2.0}}[step], "val_bpb": 1.0}} if row else row), stop
+evaluation.validate = given
+"""
+
+
+@pytest.mark.faults
+def test_the_best_checkpoint_stays_the_best_after_its_validation_was_made_up(flags, tmp_path):
+    """A signal cuts off the validation of step 20. The resumed run makes it up, and is killed before it saves again."""
+    fields = flags(tmp_path / "run", resume=True, save_every=20, keep_checkpoints=1, hellaswag_every=0)
+    for step, number, status in ((20, 15, 143), (30, 9, -9), (-1, 0, 0)):
+        script = driver(tmp_path / f"driver{number}", HEAD + GIVEN_LOSSES.format(step=step, number=number))
+        with Ranks(script, fields, 1) as ranks:
+            assert ranks.wait(60) == [status], ranks.text("err")
+    assert (tmp_path / "run/checkpoints/best").read_text() == "step_00000020\n"
+    assert checkpoint_of(tmp_path / "run", 40)["best_val_loss"] == 1.0
+    assert checkpoint_of(tmp_path / "run", 20)["step"] == 20

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import Hub
+from ranks import Ranks, driver
 from tiny_run import ROOT, TRAIN, plain_environment, start_run, tiny_corpus, tiny_flags, write_questions
 from wandb_files import wandb_history, wandb_records
 
@@ -194,6 +195,16 @@ def test_a_server_that_never_answers(runs, plain, deaf_server):
     result = runs.run("deaf", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": deaf_server})
     assert_unharmed(runs, "deaf", plain, result)
     assert "Weights & Biases does not answer" in result[1]
+
+
+def test_ranks_wait_for_the_last_rows_longer_than_for_a_lost_rank(runs, deaf_server, tmp_path):
+    """Rank zero waits for 12 seconds. The other rank must not take that for a failure."""
+    variables = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": deaf_server}
+    patch = f"import wandb_log\nwandb_log.SECONDS = 12\nos.environ |= {variables}"
+    flags = runs.flags("two ranks", timeout=4)
+    with Ranks(driver(tmp_path / "driver", patch), flags, 2) as ranks:
+        assert ranks.wait(60) == [0, 0], ranks.text("err", 1)
+        assert "Weights & Biases does not answer" in ranks.text("out") and "done: " in ranks.text("out")
 
 
 @pytest.mark.slow
