@@ -55,7 +55,7 @@ class RunLock:
             raise
 
     def _refuse_living_holder(self, locked: bool) -> None:
-        """On this machine the lock has told already, if there are locks. Of another machine only the heartbeat tells."""
+        """On this machine the lock, if there is one, has told already. Of another machine only the heartbeat tells."""
         if not self.holder.is_file() or (locked and self._read().get("machine") == machine()):
             return
         probe = self.folder / f".probe.{os.getpid()}.tmp"  # the time of the file system's own clock
