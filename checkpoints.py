@@ -167,8 +167,7 @@ class CheckpointSaver:
         except Exception as error:  # an error that nobody caught here would be lost, and the run would seem saved
             self._error = error
             if not is_last:
-                cause = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-                print(f"train.py: {cause}; training goes on, the next save tries again", file=sys.stderr, flush=True)
+                print(f"train.py: {error!s}; training goes on, the next save tries again", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Wait until the save in progress has ended."""

@@ -226,7 +226,7 @@ def compare_ranks(facts: dict[str, Any], process: Process) -> None:
             lines.append(f"{name}: " + "; ".join(f"{value} on {named_ranks(which)}" for value, which in ranks.items()))
     if lines:
         raise ValueError(
-            "the ranks of this run differ, so they would train apart; give all of them the same flags, code and shared "
+            "the ranks of this run differ, so they would train apart; give all of them the same flags and shared "
             "folders\n" + "\n".join(lines)
         )
 

@@ -189,13 +189,20 @@ def open_run_folder(cfg: Config, goes_on: bool) -> None:
     """
     out_dir = Path(cfg.out_dir)
     try:
+        for leftover in out_dir.glob(".*.tmp"):  # of a run that was killed
+            leftover.unlink()
+        # Rows beyond the first save tell of checkpoints. If a run goes on without any, somebody has removed them.
+        had_some = cfg.save_every and any(row["step"] > cfg.save_every for row in read_rows(out_dir))
+        if had_some and not any(out_dir.glob("checkpoints/step_*")):
+            goes_on = False
         if not goes_on and ((out_dir / "metrics.jsonl").is_file() or any(out_dir.glob("checkpoints/step_*"))):
             aside = next(p for i in itertools.count(1) if not (p := out_dir.with_name(f"{out_dir.name}.{i}")).exists())
             aside.mkdir()
             for entry in sorted(out_dir.iterdir()):  # not the folder: this run's lock is in it
                 if entry.name not in RunLock.FILES:
                     entry.rename(aside / entry.name)
-            print(f"{out_dir} held an earlier run, now in {aside}; --resume True would have gone on with it")
+            hint = "" if cfg.resume else "; --resume True would have gone on with it"
+            print(f"{out_dir} held an earlier run, now in {aside}{hint}")
         (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out_dir / "checkpoints"), atomic_write(out_dir / "config.json", "w") as file:
             json.dump(config_as_dict(cfg), file, indent=1)

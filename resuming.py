@@ -9,6 +9,7 @@ from pathlib import Path
 
 from checkpoints import MOMENTS, TrainState, read_state
 from config import Config
+from files import sha256_of
 from model_folders import (
     BEST,
     MARK,
@@ -38,6 +39,10 @@ class Start:
     spoilt: list[str] = field(default_factory=list)  # newer checkpoints, which this run leaves
     notes: list[str] = field(default_factory=list)  # sentences to print
     changes: dict[str, list] = field(default_factory=dict)  # fields of the configuration: the old value, the new one
+
+    def facts(self) -> dict:
+        """What must be the same on all ranks: the checkpoint, as each sees it, with the digests of all of its files."""
+        return {"checkpoint": sha256_of(Path(self.checkpoint) / MARK) if self.checkpoint else ""}
 
 
 def find_start(cfg: Config) -> dict:

@@ -91,10 +91,10 @@ class RunLock:
             self._write()
 
     def _write(self) -> None:
-        self._beaten = time.monotonic()
+        self._beaten, text = time.monotonic(), self._text
         # On a full disk this machine's own lock holds without the file.
         with suppress(OSError), atomic_write(self.holder, "w") as file:
-            file.write(self._text)
+            file.write(text)
 
     def release(self) -> None:
         """Give the lock back."""

@@ -203,7 +203,7 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
     optimizers = build_optimizers(bare_model, cfg)
     state = TrainState(bare_model, optimizers, data.windows)
     start = begin(state, cfg, process)
-    compare_ranks(data.facts() | {"first step": state.step, "run": state.run_id}, process)
+    compare_ranks(data.facts() | start.facts() | {"first step": state.step}, process)
     missing = due_at(state.step, cfg) - set(start.recorded)  # evaluations that a kill after the save has cut off
     if state.step >= cfg.max_steps and not missing:
         process.print(

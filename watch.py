@@ -20,9 +20,11 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
@@ -48,7 +50,8 @@ class Watch(threading.Thread):
         self.chores: list[Callable[[], None]] = []  # what else to do once a second
         self.before_end: Callable[[], None] | None = None  # what to wait for before the watch ends the process
         self._own_signal = 0.0  # time of the first signal to this process
-        self._record = {"host": socket.gethostname(), "pid": os.getpid(), "beat": 0, "at": "the start", "failed": ""}
+        self._record = {"host": socket.gethostname(), "pid": os.getpid(), "mark": mark_of(os.getpid()), "beat": 0}
+        self._record |= {"at": "the start", "failed": ""}
         self._others: dict[int, dict] = {}
         self._changed: dict[int, float] = {}  # when the record of a rank last changed
         self._end_at, self._named = 0.0, set()
@@ -151,12 +154,15 @@ class Watch(threading.Thread):
             for number in self._ear.recv(1024) if readable else b"":
                 if number in SIGNALS:
                     self._hear(number)
-            if self.store is not None:
-                self._exchange_records()
+            try:
+                if self.store is not None:
+                    self._exchange_records()
+                for chore in self.chores:
+                    chore()
+                self._look_at_step()
+            except Exception:  # a fault here must not silence the rank: the others would take it for lost
+                traceback.print_exc()
             self._told.set()
-            for chore in self.chores:
-                chore()
-            self._look_at_step()
 
     def _hear(self, number: int) -> None:
         now = time.monotonic()
@@ -221,8 +227,8 @@ class Watch(threading.Thread):
         """A stopped process would outlive torchrun's SIGTERM, and keep its memory. Those of this machine are ours."""
         for rank, record in self._others.items():
             silent = time.monotonic() - self._changed[rank] > self.timeout
-            if silent and not record["failed"] and record["host"] == self._record["host"]:
-                with suppress(ProcessLookupError):  # it has ended meanwhile
+            if silent and not record["failed"] and record["mark"] and record["mark"] == mark_of(record["pid"]):
+                with suppress(OSError):  # it has ended meanwhile
                     os.kill(record["pid"], signal.SIGKILL)
 
     def _look_at_step(self) -> None:
@@ -236,6 +242,16 @@ class Watch(threading.Thread):
                 "what each thread of this rank does:"
             )
             faulthandler.dump_traceback(sys.__stderr__)
+
+
+def mark_of(pid: int) -> str:
+    """What no other process has at any time: when Linux booted, its space of process numbers, when it began; or ""."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{boot} {os.readlink(f'/proc/{pid}/ns/pid')} {pid} {began}"
+    except (OSError, IndexError):  # another system, or the process has ended
+        return ""
 
 
 def say(line: str) -> None:

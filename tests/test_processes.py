@@ -199,7 +199,15 @@ def store():
 
 
 def record_of(rank: int, **changes) -> str:
-    record = {"host": socket.gethostname(), "pid": 2**22 + 1, "beat": 1, "at": "step 7", "failed": "", "stop": 0}
+    record = {
+        "host": socket.gethostname(),
+        "pid": 2**22 + 1,
+        "mark": "",
+        "beat": 1,
+        "at": "step 7",
+        "failed": "",
+        "stop": 0,
+    }
     return json.dumps(record | changes)
 
 
@@ -263,6 +271,36 @@ def test_a_stop_signal_shortens_the_wait_for_a_silent_rank(store, monkeypatch, s
     time.sleep(2)
     other.close()
     assert set(ends) == ({1} if stop else set())
+
+
+def test_only_the_process_of_the_record_is_killed():
+    """The number of a process may have been given to another one, or be that of another container."""
+    mine = watch.mark_of(os.getpid())
+    assert mine and mine == watch.mark_of(os.getpid()) != watch.mark_of(os.getppid()) != ""
+    assert watch.mark_of(2**22 + 1) == ""
+    killed, other = [], Watch(0, 2, None, timeout=0.1)
+    for mark in (mine, mine.replace("pid:", "pid:1"), "", watch.mark_of(os.getppid())):
+        other._others[1] = {"failed": "", "pid": os.getpid(), "mark": mark}
+        other._changed[1] = 0.0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "kill", lambda pid, number, mark=mark: killed.append(mark))
+            other._kill_silent_ranks()
+    assert killed == [mine]
+
+
+def test_a_fault_of_a_chore_does_not_silence_the_rank(store, monkeypatch, capfd):
+    monkeypatch.setattr(watch, "PERIOD", 0.05)
+    store.set("rank/1", record_of(1))
+    other = Watch(0, 2, store)
+    other.chores.append(lambda: 1 / 0)
+    other.start()
+    time.sleep(0.5)
+    beats = [json.loads(store.get("rank/0"))["beat"]]
+    time.sleep(0.5)
+    beats.append(json.loads(store.get("rank/0"))["beat"])
+    other.close()
+    assert beats[1] > beats[0] + 2
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_a_rank_that_has_ended_may_be_silent(store, monkeypatch):

@@ -559,6 +559,17 @@ def test_resume_without_a_checkpoint_begins_anew_and_has_each_row_once(flags_for
     assert [row["step"] for row in rows_of(tmp_path, "val_loss")] == [0, 2]
 
 
+def test_a_run_whose_checkpoints_were_removed_is_moved_aside_and_not_overwritten(flags_for, tmp_path):
+    flags = flags_for(tmp_path / "run", max_steps=6, save_every=2, resume=True)
+    assert train_here(flags).status == 0
+    rows = (tmp_path / "run/metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    result = train_here(flags)
+    assert result.status == 0 and "starts at step 0" in result.out and "held an earlier run, now in" in result.out
+    assert (tmp_path / "run.1/metrics.jsonl").read_bytes() == rows
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, 7))
+
+
 def test_learning_rate_flag_takes_effect_in_a_resumed_run(whole, whole_flags, tmp_path):
     out_dir = copy_checkpoint(whole, 35, tmp_path / "run")
     with settings_of_updates() as settings:

@@ -174,6 +174,50 @@ def test_loader_workers_serve_the_last_step_after_ctrl_c(flags, tmp_path):
     assert checkpoint_of(tmp_path / "run", 13)["step"] == 13
 
 
+def test_a_rank_that_waits_for_nothing_ends_too_and_its_save_is_finished(flags, tmp_path):
+    """Rank 1 fails. Rank 0 hangs outside of any collective, and a save is in progress: the watch waits for it alone."""
+    disturb = AT_13.format(rank="RANK", what="time.sleep(300) if RANK == 0 else 1 / 0")
+    slow = """
+import checkpoints
+real = checkpoints.save_checkpoint
+def slow(*args, **kwargs):
+    time.sleep(8)
+    return real(*args, **kwargs)
+checkpoints.save_checkpoint = slow
+"""
+    with Ranks(driver(tmp_path / "driver", HEAD + disturb + slow), flags(save_every=12), 2) as ranks:
+        ranks.marked("now", 0)
+        began = time.monotonic()
+        assert ranks.wait(60) == [1, 1]
+        assert time.monotonic() - began < 30
+        assert "rank 1 has failed at step 13: ZeroDivisionError: division by zero; so this rank ends too" in ranks.text(
+            "err"
+        )
+    assert checkpoint_of(tmp_path / "run", 12)["step"] == 12
+
+
+def test_ranks_agree_before_the_last_micro_step(flags, tmp_path):
+    """Rank 1 alone has heard a signal, and leaves micro-steps out. Its gradient would lack them."""
+    hears = """
+import watch
+watch.Watch._exchange_records = lambda self: None  # it would tell rank 0
+class Hearing(torch.nn.parallel.DistributedDataParallel):
+    passes = 0
+    def forward(self, *args, **kwargs):
+        self.passes += 1
+        if RANK == 1 and self.passes == 12 * 4 + 2:  # in the second of four micro-steps of step 13
+            os.kill(os.getpid(), 10)
+        note("passes", self.passes)
+        return super().forward(*args, **kwargs)
+torch.nn.parallel.DistributedDataParallel = Hearing
+"""
+    with Ranks(driver(tmp_path / "driver", HEAD + hears), flags(batch_size=1), 2) as ranks:
+        assert ranks.wait(60) == [128 + signal.SIGUSR1] * 2, (ranks.text("err"), ranks.text("err", 1))
+        passes = [int(ranks.text("passes", rank).split()[-1]) for rank in (0, 1)]
+        assert passes[0] == 12 * 4 + 3 and passes[1] == 12 * 4 + 2  # no rank has made the last micro-step
+    assert rows_of(tmp_path / "run")[-1]["step"] == checkpoint_of(tmp_path / "run", 12)["step"] == 12
+
+
 # ---------------------------------------------------------------- not a number
 
 
@@ -194,7 +238,7 @@ def health(out_dir: Path) -> list[str]:
         ("loss + (loss * 0 - loss.detach() * 0).sqrt() * 1", "the gradient is nan"),  # the root of 0 has no slope
     ],
 )
-def test_a_number_that_is_not_finite_on_one_rank_stops_both_before_the_update(flags, tmp_path, loss, words):
+def test_a_number_that_is_not_finite_on_one_rank_stops_both_in_the_same_step(flags, tmp_path, loss, words):
     script = driver(tmp_path / "driver", HEAD + POISONED.format(passes="self.passes >= 7", loss=loss))
     with Ranks(script, flags(max_steps=9, save_every=1, keep_checkpoints=2), 2) as ranks:
         assert ranks.wait(60) == [1, 1]
@@ -363,7 +407,8 @@ shards.read_manifest = missing
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(flags, tmp_path):
-    first = Ranks(driver(tmp_path / "driver", HEAD + AT_13.format(rank=0, what="time.sleep(8)")), flags(), 1)
+    wait = 'while not Path(__file__).with_name("go").exists(): time.sleep(0.05)'
+    first = Ranks(driver(tmp_path / "driver", HEAD + AT_13.format(rank=0, what=wait)), flags(), 1)
     with first:
         first.marked("now", 0)
         for more in ([], ["--resume", "True"]):
@@ -372,10 +417,23 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(flags, tmp
             assert process.returncode == 1
             pid, host = first.processes[0].pid, socket.gethostname()
             assert f"another run is in there, process {pid} on {host}, since 20" in err.decode(), (out, err)
+        (tmp_path / "driver/go").touch()
         assert first.wait(60) == [0]
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, STEPS + 1))
     assert not list(tmp_path.glob("run.*")) and not (tmp_path / "run/.lock").exists()
     assert not (tmp_path / "run/.holder.json").exists()
+
+
+def test_the_sign_of_life_of_a_run_is_renewed(flags, tmp_path):
+    soon = "import run_lock\nrun_lock.BEAT = 0.5\n"
+    script = driver(tmp_path / "driver", HEAD + soon + AT_13.format(rank=0, what="time.sleep(4)"))
+    holder = tmp_path / "run/.holder.json"
+    with Ranks(script, flags(), 1) as ranks:
+        ranks.marked("now", 0)
+        before = holder.stat().st_mtime
+        time.sleep(3)
+        assert holder.stat().st_mtime > before + 1
+        assert ranks.wait(60) == [0]
 
 
 def test_the_lock_of_a_run_that_died_on_this_machine_is_taken_over_at_once(flags, tmp_path):
