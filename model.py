@@ -124,7 +124,7 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
-        self.attend = attend  # cuda_kernels.py may put another kernel in its place
+        self.attend = attend  # cpu_kernels.py and cuda_kernels.py put another kernel in its place
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cached: "tuple[KVCache, Tensor] | None"

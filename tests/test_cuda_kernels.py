@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from test_model import random_model
+from test_model import TINY, random_model
 
+import cpu_kernels
 import cuda_kernels
 import model as model_module
+from model import ModelConfig, Transformer
 from model_utils import place_model
 
 
@@ -34,8 +36,8 @@ def test_attention_for_cuda_repeats_heads_where_the_kernels_need_it(monkeypatch)
     assert all(layer.attention.attend is cuda_kernels.attend for layer in model.layers)
 
 
-def test_a_gpu_gets_these_kernels_and_the_cpu_does_not():
-    model = random_model()
-    plain = model.layers[0].attention.attend
-    assert place_model(model, torch.device("cpu")).layers[0].attention.attend is plain is model_module.attend
+def test_each_device_gets_its_own_kernels():
+    model = Transformer(ModelConfig(**TINY))
+    assert model.layers[0].attention.attend is model_module.attend
+    assert place_model(model, torch.device("cpu")).layers[0].attention.attend is cpu_kernels.attend
     assert place_model(model, torch.device("meta")).layers[0].attention.attend is cuda_kernels.attend
