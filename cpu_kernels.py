@@ -51,12 +51,13 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`model.attend` of q (B, H, T, K) over k and v (B, G, S, K), in pieces where a backward pass may follow.
+    """`model.attend` of q (B, H, T, K) over k and v (B, G, S, K), in pieces where these are faster.
 
-    With a mask, each query must see at least one key. Elsewhere torch's kernel stays: it is as fast forward, and in
-    generation there is one query.
+    A mask without gradients comes from generation or from HellaSwag. Torch's kernel takes it. In training each query
+    of a mask must see at least one key; the result of a query that sees none is not a number.
     """
-    if torch.is_grad_enabled() and q.requires_grad and pieces_are_faster(q, mask):
+    trains = torch.is_grad_enabled() and q.requires_grad
+    if (trains or mask is None) and pieces_are_faster(q, mask):
         q, k, v = (t.to(product_dtype(t)) for t in (q, k, v))
         return attention(q, k, v, mask if mask is None else mask.expand(len(q), -1, -1, -1))
     return model.attend(q, k, v, mask)
@@ -116,7 +117,7 @@ def pieces(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, s
     key.
     """
     (N, J, T, _), B = q.shape, 1 if mask is None else len(mask)
-    zero = torch.zeros((), dtype=sum_dtype(q))
+    zero = q.new_zeros((), dtype=sum_dtype(q))
     most = 128 if q.dtype == torch.bfloat16 else 64
     causal = zero.masked_fill(torch.ones(most, most, dtype=torch.bool).triu(1), -math.inf)
     for start, b in itertools.product(range(0, T, most), range(B)):
@@ -127,7 +128,7 @@ def pieces(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, s
         else:
             seen = mask[b, 0, queries]  # (t, S)
             some = seen.view(torch.uint8).amax(0).nonzero()  # the keys that at least one of these queries sees
-            keys = slice(int(some[0]), int(some[-1]) + 1)
+            keys = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0, k.shape[1])
             bias = zero.masked_fill(~seen[:, keys], -math.inf)
         P = max(1, SCORES // (J * t * (keys.stop - keys.start)))
         end = (b + 1) * N // B
@@ -167,7 +168,7 @@ def by_key_head(t: Tensor, G: int) -> Tensor:
 
 
 def empty_for_heads(t: Tensor) -> Tensor:
-    """Memory for a tensor like t (B, H, T, K), with positions before heads, as the products around attention read it."""
+    """Memory for a tensor like t (B, H, T, K), with positions before heads as in the layers around attention."""
     return t.new_empty(t.transpose(1, 2).shape).transpose(1, 2)
 
 
@@ -199,7 +200,7 @@ attention.register_autograd(_gradients, setup_context=_save)
 def install(transformer: nn.Module) -> None:
     """Give the layers of `transformer` the forward passes above. Their parameters stay the same objects.
 
-    Do not move the model to a GPU afterwards: there these forward passes are slower, or fail.
+    Do not move the model to a GPU afterwards: there these forward passes are slower.
     """
     for module in transformer.modules():
         if type(module) is nn.Linear and module.bias is None:
