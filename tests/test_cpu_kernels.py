@@ -223,10 +223,14 @@ def test_autocast_casts_as_it_does_for_torchs_kernel():
     torch.testing.assert_close(ours, torchs, rtol=0.05, atol=0.05)
 
 
-def test_the_precision_of_other_float32_products_stays(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "ieee")
-    q, k, v, _ = random_inputs(T=40, dtype=torch.bfloat16)
-    attention(q, k, v, None)
-    with pytest.raises(RuntimeError):
-        attention(q, k[..., :4], v, None)
-    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+def test_the_precision_of_other_float32_products_stays():
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        q, k, v, _ = random_inputs(T=40, dtype=torch.bfloat16)
+        attention(q, k, v, None)
+        with pytest.raises(RuntimeError):
+            attention(q, k[..., :4], v, None)
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        matmul.fp32_precision = before

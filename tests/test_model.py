@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -482,14 +481,15 @@ def test_queries_and_keys_under_bf16_autocast_are_rotated_in_float32(monkeypatch
     places = positions if packed_documents else torch.arange(40).expand(3, 40)
     cos, sin = (table[places][:, :, None] for table in rope_tables(model.config))
     projected, rotated = [], []
-    attention = F.scaled_dot_product_attention
+    attention = model.layers[0].attention
+    attend = attention.attend
 
-    def note(q, k, v, **settings):
+    def note(q, k, v, mask):
         rotated.extend(t.transpose(1, 2) for t in (q, k))
-        return attention(q, k, v, **settings)
+        return attend(q, k, v, mask)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
-    for layer in (model.layers[0].attention.wq, model.layers[0].attention.wk):
+    monkeypatch.setattr(attention, "attend", note)
+    for layer in (attention.wq, attention.wk):
         layer.register_forward_hook(lambda layer, args, output: projected.append(output.unflatten(-1, (4, 8))))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(tokens, positions=positions)
