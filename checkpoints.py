@@ -167,7 +167,8 @@ class CheckpointSaver:
         except Exception as error:  # an error that nobody caught here would be lost, and the run would seem saved
             self._error = error
             if not is_last:
-                print(f"train.py: {error!s}; training goes on, the next save tries again", file=sys.stderr, flush=True)
+                cause = f"{type(error).__name__}: {error}"
+                print(f"train.py: {cause}; training goes on, the next save tries again", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Wait until the save in progress has ended."""
