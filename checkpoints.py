@@ -167,8 +167,8 @@ class CheckpointSaver:
         except Exception as error:  # an error that nobody caught here would be lost, and the run would seem saved
             self._error = error
             if not is_last:
-                cause = f"{type(error).__name__}: {error}"
-                print(f"train.py: {cause}; training goes on, the next save tries again", file=sys.stderr, flush=True)
+                words = f"train.py: {type(error).__name__}: {error}; training goes on, the next save tries again"
+                print(words, file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Wait until the save in progress has ended."""
@@ -341,8 +341,7 @@ def checkpoints_at_once(cfg: Config, step: int = 0) -> int:
 FREE = {"out_dir", "hellaswag_path", "batch_size", "device", "compile", "timeout", "log_every", "val_every"}
 FREE |= {"hellaswag_every", "hellaswag_limit", "generate_every", "save_every", "keep_checkpoints", "profile", "resume"}
 FREE |= {"skip_nonfinite", "init_from", "prompts", "generate_tokens", "temperature", "top_p", "wandb_project"}
-FREE |= {"wandb_artifact", "tensorboard"}
-FREE |= {"data_root"}  # a folder may have moved: the windows compare what is in it
+FREE |= {"wandb_artifact", "tensorboard", "data_root"}  # data may have moved: the windows compare what is in it
 
 
 def check_run(path: Path, state: dict, cfg: Config) -> dict[str, list]:
