@@ -37,7 +37,7 @@ class OutputLoss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.kernel = loss_and_gradient  # model_utils.py puts the compiled function in its place
+        self.kernel = losses_and_shares  # model_utils.py puts the compiled function in its place
 
     def forward(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of hidden states x (B, T, D) against targets (B, T). Raises what `check_targets` raises.
@@ -66,8 +66,12 @@ class SlicedLoss(torch.autograd.Function):
         x_grad, weight_grad = torch.empty_like(x_cast), torch.empty_like(weight, dtype=torch.float32)
         loss = torch.zeros((), device=x.device)
         for chunk, logits in logit_slices(x_cast, weight_cast):
-            loss += (kernel(logits, targets[chunk], shares[chunk]) * shares[chunk]).sum()
-            logits_grad = logits  # the kernel has overwritten them
+            losses = kernel(logits, targets[chunk], shares[chunk])
+            loss += (losses * shares[chunk]).sum()
+            # The gradient is the softmax, less 1 at the target, times the share. Compute p - 1 with expm1: in bfloat16
+            # a p near 1 rounds to 1, and p - 1 would be 0.
+            at_target = torch.expm1(-losses) * shares[chunk]
+            logits_grad = logits.scatter_(1, targets[chunk, None], at_target[:, None].to(logits.dtype))
             torch.mm(logits_grad, weight_cast, out=x_grad[chunk])
             add_product(weight_grad, logits_grad.T, x_cast[chunk], is_first=chunk.start == 0)
         ctx.gradients = x_grad.to(x.dtype), weight_grad.to(weight.dtype)
@@ -95,17 +99,14 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-def loss_and_gradient(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropies (C,) of logits (C, V) against targets (C,). Overwrites the logits with their gradient.
+def losses_and_shares(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+    """Cross-entropies (C,) of logits (C, V) against targets (C,). Overwrites the logits: softmax times `shares` (C,).
 
-    It is the gradient of the sum of cross-entropies times `shares` (C,): the softmax, less 1 at the target, times the
-    share.
+    Compiled, it needs no second buffer of logits. It would need one if it also wrote to the targets' places.
     """
     log_p = logits.float().log_softmax(-1)
     losses = -log_p.gather(1, targets[:, None])
     logits.copy_(log_p.exp_().mul_(shares[:, None]))
-    # Compute p - 1 with expm1: in bfloat16 a p near 1 rounds to 1, and p - 1 would be 0.
-    logits.scatter_(1, targets[:, None], (torch.expm1(-losses) * shares[:, None]).to(logits.dtype))
     return losses[:, 0]
 
 

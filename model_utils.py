@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -51,6 +52,9 @@ def compile_blocks(model: Transformer) -> None:
     a block are there when its backward pass is done, so DDP can send them while the other blocks are computed.
     """
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs of the blocks again, by size
+    if model.output.weight.device.type == "cpu":  # not measured on GPUs
+        # Keep at most four fifths of a block's activations. The backward pass computes cheap ones again, such as norms.
+        functorch_config.activation_memory_budget = 0.8
     for layer in model.layers:
         layer.compile(dynamic=False)
     model.loss.kernel = torch.compile(model.loss.kernel, dynamic=False)

@@ -172,3 +172,15 @@ def test_a_target_that_is_no_id_is_refused_with_gradients_and_without(target, wi
 
 def test_no_tokens_have_no_losses():
     assert token_losses(torch.zeros(0, 8), torch.zeros(16, 8), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_the_compiled_kernel_needs_no_second_buffer_of_logits():
+    logits, targets, shares = torch.randn(64, 2048), torch.randint(2048, (64,)), torch.rand(64)
+    kernel = torch.compile(loss_module.losses_and_shares, dynamic=False)
+    kernel(logits.clone(), targets, shares)  # compiles
+    expected = logits.softmax(-1) * shares[:, None], F.cross_entropy(logits, targets, reduction="none")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        losses = kernel(logits, targets, shares)
+    torch.testing.assert_close((logits, losses), expected)
+    sizes = [event.cpu_memory_usage for event in profile.events()]
+    assert 0 < max(sizes) < logits.nbytes / 4

@@ -751,3 +751,20 @@ def test_compiling_changes_neither_the_names_of_the_weights_nor_the_logits():
         compile_blocks(model)
         assert list(model.state_dict()) == names
         assert_close(model(tokens), logits, 1e-5)
+
+
+def test_a_compiled_block_keeps_no_activation_that_is_cheap_to_compute():
+    """Of the feed-forward's three activations, SwiGLU's product is computed again from the other two."""
+    model = place_model(random_model(), torch.device("cpu"))
+    compile_blocks(model)
+    kept: dict[int, torch.Size] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.shape
+        return tensor
+
+    tokens = random_tokens(2, 64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, tokens)
+    wide = [shape for shape in kept.values() if shape.numel() == tokens.numel() * model.config.ffn_dim]
+    assert len(wide) == 2 * model.config.n_layers
