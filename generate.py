@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import threads  # noqa: F401 (it sets how threads wait)
+
 import torch
 from torch import Tensor
 

@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import threads  # noqa: F401 (it sets how threads wait)
+
 import torch
 from torch import Tensor
 from tqdm import tqdm

@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+from threads import num_cores
+
 import numpy as np
 
 from files import allow_any_text_in_output
@@ -28,7 +30,6 @@ from preparation import prepare, read_mark
 from rows import ReadOptions, SourceError
 from shards import id_blocks, is_prepared, open_shard, read_manifest, tokenizer_of, verify
 from sources import open_source
-from threads import num_cores
 
 DATA_ROOT = Path("data")
 SAMPLE_ROOT = "data/sample"

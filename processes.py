@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+from threads import num_cores
+
 import torch
 import torch.distributed as dist
 
 from config import rank, world_size
 from hardware import keep_freed_memory
-from threads import num_cores
 from watch import PERIOD, Watch
 
 

@@ -1,10 +1,29 @@
-"""How many cores this process may use. No torch here: what a script sets before it imports torch belongs here too."""
+"""How many cores this process may use, and how its threads wait for each other.
+
+Import this file before torch: OpenMP reads the environment when torch is imported. So there is no torch here.
+"""
 
 import math
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+SPINS = 3000
+
+
+def wait_briefly(environment: MutableMapping[str, str]) -> None:
+    """Let threads that wait for each other give up their cores soon. What the user has set counts more.
+
+    An operation of torch is a loop that the threads share, and at its end they wait for the slowest one. GNU's OpenMP
+    lets them spin 300,000 times before they sleep. Where another program needs a core, they hold the core that the
+    slowest thread waits for. `benchmarks/waiting.py` measures it: fewer spins cost nothing alone, down to `SPINS`.
+    """
+    if not environment.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        environment["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+wait_briefly(os.environ)
 
 
 def num_cores() -> int:

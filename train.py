@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import threads  # noqa: F401 (it sets how threads wait)
+
 import torch
 from torch import Tensor, nn
 

@@ -16,6 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import threads  # noqa: F401 (it sets how the threads of workers wait)
+
 from hardware import dtype_name, fastest_dtype, peak_flops
 from model import ModelConfig
 

@@ -27,8 +27,9 @@ import tiktoken
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sources import open_source
 from threads import num_cores
+
+from sources import open_source
 from tokenizer import SPLIT_PATTERN, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

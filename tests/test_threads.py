@@ -1,10 +1,15 @@
-"""threads.py: the cores that a process may use."""
+"""threads.py: the cores that a process may use, and how threads wait."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+
+import threads
 
 import pytest
 
-import threads
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -39,3 +44,32 @@ def limits(monkeypatch, tmp_path):
 def test_cores_are_those_of_the_process_and_of_its_quota(limits, files, cores):
     limits(files)
     assert threads.num_cores() == cores
+
+
+def test_threads_give_up_their_cores_soon_unless_the_user_decides():
+    for given in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
+        environment = dict(given)
+        threads.wait_briefly(environment)
+        assert environment == given
+    environment = {}
+    threads.wait_briefly(environment)
+    assert environment == {"GOMP_SPINCOUNT": str(threads.SPINS)}
+
+
+@pytest.mark.parametrize("script", ["train", "generate", "hellaswag_utils"])
+def test_a_script_that_computes_sets_it_before_torch_is_imported(script):
+    """A finder of modules that comes first sees the environment at the moment when torch is looked up."""
+    code = f"""
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Finder())
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path({str(ROOT / f"{script}.py")!r})
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [str(threads.SPINS)]
