@@ -22,18 +22,26 @@ from loss import product_dtype
 class FewRowsLinear(nn.Linear):
     """x @ W.T without a bias, where x (R, D) has few rows, as in a step of generation.
 
-    Such a product takes as long as reading W (F, D) takes. For x @ W.T only one core reads. For W @ x.T the cores split
-    W, but only if x has at least two rows. So a single row is taken twice.
+    Such a product should take as long as reading W (F, D) takes. One call of `functional.linear` takes 2 to 6 times
+    as long in float32. W @ x.T is the fastest call for 2 to 4 rows. Other numbers of rows take W in slices, as a batch
+    of small products that the cores share. benchmarks/README.md has the times.
     """
 
-    MOST_ROWS = 8
+    MOST_ROWS = 32
+    SLICE = 64  # rows of W: 128 KiB at a width of 512, so a slice stays in a core's cache
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        if not 0 < rows <= self.MOST_ROWS or x.dtype != torch.float32:  # bf16 has a kernel of its own
-            return functional.linear(x, self.weight)
-        few = x.reshape(rows, -1) if rows > 1 else x.reshape(1, -1).expand(2, -1)
-        return (self.weight @ few.T).T[:rows].reshape(*x.shape[:-1], -1)
+        rows, W = x.shape[:-1].numel(), self.weight
+        in_slices = rows == 1 or 4 < rows <= self.MOST_ROWS
+        if product_dtype(x) != torch.float32 or not (in_slices or 2 <= rows <= 4) or (in_slices and len(W) % self.SLICE):
+            return functional.linear(x, W)  # bf16 has a kernel of its own
+        few = x.reshape(rows, -1)
+        if in_slices:
+            slices = W.unflatten(0, (-1, self.SLICE))  # (F / 64, 64, D)
+            y = torch.bmm(few.expand(len(slices), -1, -1), slices.mT).transpose(0, 1)  # (R, F / 64, 64)
+        else:
+            y = (W @ few.T).T
+        return y.reshape(*x.shape[:-1], -1)
 
 
 # ---------------------------------------------------------------- attention in training
