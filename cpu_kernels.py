@@ -32,15 +32,16 @@ class FewRowsLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, W = x.shape[:-1].numel(), self.weight
-        in_slices = rows == 1 or 4 < rows <= self.MOST_ROWS
-        if product_dtype(x) != torch.float32 or not (in_slices or 2 <= rows <= 4) or (in_slices and len(W) % self.SLICE):
+        if product_dtype(x) != torch.float32 or not 0 < rows <= self.MOST_ROWS:
             return functional.linear(x, W)  # bf16 has a kernel of its own
         few = x.reshape(rows, -1)
-        if in_slices:
+        if 2 <= rows <= 4:
+            y = (W @ few.T).T
+        elif len(W) % self.SLICE == 0:
             slices = W.unflatten(0, (-1, self.SLICE))  # (F / 64, 64, D)
             y = torch.bmm(few.expand(len(slices), -1, -1), slices.mT).transpose(0, 1)  # (R, F / 64, 64)
         else:
-            y = (W @ few.T).T
+            y = functional.linear(few, W)
         return y.reshape(*x.shape[:-1], -1)
 
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from files import allow_any_text_in_output
-from hardware import pick_device
+from hardware import fastest_dtype, pick_device
 from model import Transformer
-from model_utils import load_model
+from model_utils import cast_parameters, load_model
 from sampling import Sampling, drop_oldest, generate, seeded, stream_ids
 from tokenizer import Tokenizer
 
@@ -189,13 +189,8 @@ def command_line() -> argparse.ArgumentParser:
     for name, setting in SETTINGS.items():
         many = {"action": "append", "metavar": "TEXT"} if name == "stop" else {"metavar": name[0].upper()}
         note = "; may be given again" if name == "stop" else f" (default: {setting.default})"
-        add(
-            f"--{name}",
-            type=partial(parse_setting, name),
-            default=setting.default,
-            help=setting.help + note,
-            **many,
-        )
+        kind = partial(parse_setting, name)
+        add(f"--{name}", type=kind, default=setting.default, help=setting.help + note, **many)
     add("--cut_prompt", action="store_true", help="cut a prompt that is longer than the context from the left")
     add("--continuous", action="store_true", help="go on when the context is full, without the oldest part of the text")
     add(
@@ -381,7 +376,9 @@ def main() -> int:
     try:
         prompt = read_prompt(args)
         device = pick_device(args.device)
-        model, _ = load_model(args.checkpoint, device)
+        model, checkpoint = load_model(args.checkpoint, device)
+        if checkpoint["dtype"] == "bfloat16":  # its products in training were in this dtype
+            cast_parameters(model, fastest_dtype(device))
         tokenizer = Tokenizer(vocab_size=model.config.vocab_size)
         generator = seeded(args.seed, device)
         if prompt is not None:

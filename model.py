@@ -286,6 +286,7 @@ class KVCache:
         shape = (config.n_layers, batch_size, max_len, config.n_kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.length = 0  # S so far: the longest row holds this many positions, and attention reads no further
 
     def extend(self, positions: Tensor) -> Tensor:
@@ -295,9 +296,8 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, T, G, K) at `positions` (B, T). Return all that is stored, each (B, S, G, K)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[layer][rows, positions] = k
-        self.values[layer][rows, positions] = v
+        self.keys[layer][self.rows, positions] = k
+        self.values[layer][self.rows, positions] = v
         return self.keys[layer, :, : self.length], self.values[layer, :, : self.length]
 
 

@@ -106,6 +106,15 @@ def cast_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     return weights
 
 
+def cast_parameters(model: Transformer, dtype: torch.dtype) -> None:
+    """Change the parameters of `model` to `dtype`, one at a time, so that both copies of all never exist.
+
+    The rotary tables stay in float32: in bfloat16 the angles of far positions would be wrong.
+    """
+    for parameter in model.parameters():  # tied weights are one parameter
+        parameter.data = parameter.data.to(dtype)
+
+
 def flops_per_token(model: Transformer) -> float:
     """Arithmetic of the forward and backward pass of one token: 6 for each weight of a matrix product, and 12 L H K T
     for attention (PaLM, arXiv 2204.02311, appendix B). The embedding is a look-up and does not count."""

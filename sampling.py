@@ -117,6 +117,7 @@ def next_ids(
     padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=weight.device)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
+    shortest = min(map(len, prompts))  # its context is full last
     penalty, seen = sampling.repetition_penalty, None
     if penalty != 1:
         seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=weight.device)
@@ -133,9 +134,12 @@ def next_ids(
         scores = logits if seen is None else penalize_repeats(logits, seen, penalty)
         ids = sample_next(scores, sampling.temperature, sampling.top_p, generator, sampling.top_k)
         yield ids, logits
-        ended |= torch.isin(ids, stop) | (lengths >= context_len - 1)
-        if count >= max_new_tokens or ended.all():
+        if count >= max_new_tokens or shortest + count >= context_len:
             return
+        if stop_tokens:  # only they make the host wait for the ids
+            ended |= torch.isin(ids, stop) | (lengths >= context_len - 1)
+            if ended.all():
+                return
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
         # `clamp` keeps the rows that have ended inside the cache.

@@ -1,15 +1,18 @@
 """Text generation against Hugging Face's `generate`: tokens a second, shares of the machine's limits, peak memory.
 
-    python benchmarks/generate.py                          4 prompts, 128 new tokens each: 5 minutes on two cores
+    python benchmarks/generate.py                          4 prompts, 128 new tokens each: 10 minutes on two cores
+    python benchmarks/generate.py --batch_size 1 --new_tokens 32 --sampling greedy
     python benchmarks/generate.py --dtypes bfloat16 --new_tokens 8 --turns 1     for hardware without bf16
 
-The prompts have 16, 32, ... tokens and form one batch. No row ends early. Hugging Face's model uses SDPA. It runs with
-its dynamic cache, and also with its static cache and a compiled step. The ways take turns. Figures are medians. The
-first turn compiles, so it has a column of its own.
+The prompts have 16, 32, ... tokens and form one batch. No row ends early. Hugging Face's model uses SDPA and its own
+("eager") attention, each with its dynamic cache, and also with its static cache and a compiled step. The ways take
+turns. Figures are medians. The first turn compiles, so it has a column of its own.
+
+Prefill is the time until the first id of all rows. Decoding is the rest, a step for each further id.
 
 There are two limits: the speed of matrix products, and the speed of memory. A step reads all weights once, except the
-embedding's. The table shows this reading as a share of the memory's rate. The script measures that rate right after
-each way, with a sum over the weights of the output layer.
+embedding's. The table shows this reading, while decoding, as a share of the memory's rate. The script measures that
+rate right after each way, with a sum over the weights of the output layer.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from common import DEVICE, Worker, hugging_face, medians, report, take_turns
 from generate import generate
 from hardware import dtype_name, fastest_dtype
 from model import ModelConfig, Transformer
-from model_utils import place_model
+from model_utils import cast_parameters, place_model
 
 SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_p": 0.95}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,30 +57,49 @@ def sharpen(output: torch.nn.Linear) -> None:
         output.weight.mul_(4 / (0.02 * output.in_features**0.5))
 
 
-def measured(work: Callable[[], None], weight: torch.Tensor) -> dict[str, float]:
-    """The "seconds" of `work`, and the memory's "read_rate" in bytes a second, measured right after on `weight`."""
+class Clock:
+    """Notes when the first id of all rows is there."""
 
-    def seconds(work: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        work()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+    def __init__(self):
+        self.began, self.first = now(), 0.0
 
-    result = {"seconds": seconds(work)}
+    def note(self) -> bool:
+        """Call this after each id. Returns False: generation shall go on."""
+        self.first = self.first or now() - self.began
+        return False
+
+
+def now() -> float:
+    """The time when all work so far is done."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measured(work: Callable[[Clock], None], weight: torch.Tensor) -> dict[str, float]:
+    """The "seconds" of `work`, the "prefill_seconds" of them, and the memory's "read_rate" in bytes a second, measured
+    right after on `weight`."""
+    clock = Clock()
+    work(clock)
+    result = {"seconds": now() - clock.began, "prefill_seconds": clock.first}
     words = weight.detach().view(torch.float32)  # bf16 in pairs, so that reading takes the time, not adding
-    read = min(seconds(words.sum) for _ in range(5))
-    return result | {"read_rate": words.nbytes / read}
+    reads = []
+    for _ in range(5):
+        began = now()
+        words.sum()
+        reads.append(now() - began)
+    return result | {"read_rate": words.nbytes / min(reads)}
 
 
 def ours(job: Job) -> dict[str, Callable[[], dict]]:
     """Our ways: one for each sampling."""
-    model = place_model(Transformer(CONFIG), DEVICE).to(DTYPES[job.dtype]).eval()
+    model = place_model(Transformer(CONFIG), DEVICE).eval()
+    cast_parameters(model, DTYPES[job.dtype])
     sharpen(model.output)
     prompts = job.prompts()
 
-    def work(settings: dict) -> None:
-        rows = generate(model, prompts, max_new_tokens=job.new_tokens, **settings)
+    def work(settings: dict, clock: Clock) -> None:
+        rows = generate(model, prompts, max_new_tokens=job.new_tokens, is_stopped=clock.note, **settings)
         assert [len(row) for row in rows] == [job.new_tokens] * job.batch_size
 
     return {
@@ -86,11 +108,13 @@ def ours(job: Job) -> dict[str, Callable[[], dict]]:
     }
 
 
-def theirs(job: Job) -> dict[str, Callable[[], dict]]:
-    """Hugging Face's ways: one for each sampling and each cache. Prompts are padded on the left."""
+def theirs(job: Job, attention: str) -> dict[str, Callable[[], dict]]:
+    """Hugging Face's ways with one kind of attention: one for each sampling and each cache. Prompts are padded on the
+    left."""
     from transformers import CompileConfig
 
     model = hugging_face(CONFIG).to(DTYPES[job.dtype]).eval()
+    model.set_attn_implementation(attention)
     sharpen(model.lm_head)
     prompts = job.prompts()
     longest = max(map(len, prompts))
@@ -103,15 +127,21 @@ def theirs(job: Job) -> dict[str, Callable[[], dict]]:
         "static cache, compiled": {"cache_implementation": "static", "compile_config": compiled},
     }
 
-    def work(settings: dict, cache: dict) -> None:
+    def work(settings: dict, cache: dict, clock: Clock) -> None:
         draw = {"do_sample": True, "top_k": 0, **settings} if settings["temperature"] else {"do_sample": False}
         ids = model.generate(
-            padded, attention_mask=mask, max_new_tokens=job.new_tokens, pad_token_id=0, **draw, **cache
+            padded,
+            attention_mask=mask,
+            max_new_tokens=job.new_tokens,
+            pad_token_id=0,
+            stopping_criteria=[lambda ids, scores, **_: torch.full((len(ids),), clock.note(), device=DEVICE)],
+            **draw,
+            **cache,
         )
         assert ids.shape == (job.batch_size, longest + job.new_tokens)
 
     return {
-        f"Hugging Face, {job.dtype}, {name}, {kind}": partial(
+        f"Hugging Face, {job.dtype}, {name}, {attention}, {kind}": partial(
             measured, partial(work, SAMPLING[name], cache), model.lm_head.weight
         )
         for name in job.sampling
@@ -134,11 +164,13 @@ def main() -> None:
         default=list(SAMPLING),
         help="how ids are chosen (default: both)",
     )
-    parser.add_argument("--turns", type=int, default=3, help="turns of each way (default: 3)")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each way (default: 2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
+    if args.new_tokens < 2:
+        parser.error(f"--new_tokens {args.new_tokens}: must be at least 2, because the first one is the prefill's")
     jobs = [Job(dtype, args.sampling, args.new_tokens, args.batch_size) for dtype in args.dtypes]
-    workers = [Worker(make, job) for job in jobs for make in (ours, theirs)]
+    workers = [Worker(*make) for job in jobs for make in ((ours, job), (theirs, job, "sdpa"), (theirs, job, "eager"))]
     rows = take_turns(workers, args.turns + 1)  # the first turn compiles
     result = medians({name: r[1:] for name, r in rows.items()})
     with torch.device("meta"):
@@ -148,11 +180,13 @@ def main() -> None:
         size = 4 if "float32" in name else 2  # bytes
         row["first_turn_seconds"] = rows[name][0]["seconds"]
         row["tokens_per_sec"] = args.batch_size * args.new_tokens / row["seconds"]
-        row["share_of_read_rate"] = size * weights * args.new_tokens / row["seconds"] / row["read_rate"]
+        row["step_seconds"] = (row["seconds"] - row["prefill_seconds"]) / (args.new_tokens - 1)
+        row["share_of_read_rate"] = size * weights / row["step_seconds"] / row["read_rate"]
         row["share_of_peak"] = 2 * weights * row["tokens_per_sec"] / row["peak"]
     columns = {
         "tokens/s": lambda row: f"{row['tokens_per_sec']:,.0f}",
-        "ms a step": lambda row: f"{row['seconds'] / args.new_tokens * 1000:.1f}",
+        "prefill, ms": lambda row: f"{row['prefill_seconds'] * 1000:.0f}",
+        "a step, ms": lambda row: f"{row['step_seconds'] * 1000:.1f}",
         "of the memory's rate": lambda row: f"{row['share_of_read_rate']:.0%} of {row['read_rate'] / 1e9:.0f} GB/s",
         "of the matmul rate": lambda row: f"{row['share_of_peak']:.0%}",
         "peak memory, GiB": lambda row: f"{row['peak_gib']:.1f}",

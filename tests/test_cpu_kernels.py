@@ -17,16 +17,25 @@ from model_utils import autocast, place_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (2,), (8,), (9,), (1, 1), (4, 1), (3, 3)])
-def test_a_linear_layer_equals_torchs_for_few_rows_and_for_many(shape, dtype):
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2,), (4,), (5,), (32,), (33,), (1, 1), (4, 1), (4, 4)])
+@pytest.mark.parametrize("width", [24, 64, 192])  # with and without whole slices
+def test_a_linear_layer_equals_torchs_for_few_rows_and_for_many(shape, width, dtype):
     torch.manual_seed(0)
-    layer = FewRowsLinear(16, 24, bias=False).to(dtype)
+    layer = FewRowsLinear(16, width, bias=False).to(dtype)
     x = torch.randn(*shape, 16, dtype=dtype, requires_grad=True)
     results = []
     for y in (layer(x), F.linear(x, layer.weight)):
         gradients = torch.autograd.grad(y.square().sum(), (x, layer.weight))
         results.append((y, *gradients))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_under_autocast_to_bf16_few_rows_take_the_product_that_many_rows_take(rows):
+    torch.manual_seed(0)
+    layer, x = FewRowsLinear(16, 64, bias=False), torch.randn(rows, 16)
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight))
 
 
 def test_placing_a_model_on_the_cpu_keeps_its_parameters_and_its_logits():

@@ -1,5 +1,6 @@
 """generate.py: texts, compared with Hugging Face's, and the script as a user types it."""
 
+import copy
 import io
 import json
 import math
@@ -127,9 +128,9 @@ def test_text_that_only_begins_like_a_stop_text_comes_when_that_is_certain():
 # ---------------------------------------------------------------- the command line
 
 
-def checkpoint_of(model):
+def checkpoint_of(model, dtype="float32"):
     """A checkpoint as train.py saves it. Generation reads only the model and its configuration."""
-    return {"step": 7, "model": model.state_dict(), "config": {"model": asdict(model.config), "dtype": "float32"}}
+    return {"step": 7, "model": model.state_dict(), "config": {"model": asdict(model.config), "dtype": dtype}}
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,27 @@ def test_command_line_prints_the_prompt_and_hugging_faces_greedy_text(run_dir, m
     assert re.fullmatch(r"\d+\.\d tokens/s \(20 in \d+\.\d\d s\)\n", err)
     assert out == prompt + tokenizer.decode(ids) + "\n"
     assert ids
+
+
+@pytest.mark.parametrize("trained_in", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fastest", [torch.float32, torch.bfloat16])
+def test_a_model_trained_in_bf16_generates_in_bf16_where_that_is_fastest(
+    trained_in, fastest, model_of_bytes, in_process, tmp_path, monkeypatch
+):
+    save_checkpoint(tmp_path / "checkpoints", checkpoint_of(model_of_bytes, trained_in), keep=1, is_best=False)
+    monkeypatch.setattr(script, "fastest_dtype", lambda device: fastest)
+    models, stream_ids = [], script.stream_ids
+    monkeypatch.setattr(script, "stream_ids", lambda model, *a, **k: models.append(model) or stream_ids(model, *a, **k))
+    status, out, err = in_process("--checkpoint", tmp_path, "--prompt", "Hi", "--temperature", 0, "--max_new_tokens", 9)
+    assert status == 0, err
+    dtype = torch.bfloat16 if trained_in == "bfloat16" and fastest == torch.bfloat16 else torch.float32
+    assert {parameter.dtype for parameter in models[0].parameters()} == {dtype}
+    assert models[0].rope_cos.dtype == models[0].rope_sin.dtype == torch.float32
+    expected = copy.deepcopy(model_of_bytes)
+    for parameter in expected.parameters():
+        parameter.data = parameter.data.to(dtype)
+    settings = {"max_new_tokens": 9, "temperature": 0, "top_p": 1, "seed": 0}
+    assert out == complete(expected, Tokenizer(vocab_size=512), ["Hi"], **settings)[0] + "\n"
 
 
 def test_command_line_without_a_checkpoint_says_so_in_one_sentence(tmp_path):

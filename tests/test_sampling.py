@@ -1,5 +1,7 @@
 """sampling.py: compared with Hugging Face's, and with nuclei worked out by hand."""
 
+import copy
+
 import pytest
 import torch
 from test_model import hf_twin, one_thread, random_model  # noqa: F401 (one_thread is autouse)
@@ -12,6 +14,7 @@ from transformers import (
 
 import sampling
 from model import KVCache
+from model_utils import place_model
 from sampling import (
     CANDIDATES,
     Sampling,
@@ -71,6 +74,59 @@ def test_greedy_ids_equal_those_of_a_loop_without_a_cache():
             for _ in range(20):
                 ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
         assert generate(model, [prompt], max_new_tokens=20, temperature=0) == [ids[len(prompt) :]]
+
+
+def without_a_cache(model, prompt, count, penalty=1.0):
+    """Greedy ids by a loop that computes the whole text for each id."""
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + count, model.config.max_seq_len):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[:, -1]
+        ids.append(int(RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits).argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("rows", [1, 4, 5, 16, 33])  # cpu_kernels.py has a product for each of these numbers of rows
+def test_with_the_kernels_of_the_cpu_the_ids_are_those_of_the_plain_layers_without_a_cache(rows, penalty):
+    """The prompts have different lengths. Their rows end at the end of the context, or after 30 ids."""
+    plain = random_model(vocab_size=128, max_seq_len=48)  # 128 ids are whole slices of the output layer
+    placed = place_model(copy.deepcopy(plain), CPU)
+    generator = torch.Generator().manual_seed(1)
+    lengths = [(1, 7, 20, 47)[i % 4] for i in range(rows)]
+    prompts = [torch.randint(128, (length,), generator=generator).tolist() for length in lengths]
+    ours = generate(placed, prompts, max_new_tokens=30, temperature=0, repetition_penalty=penalty)
+    assert ours == [without_a_cache(plain, prompt, 30, penalty) for prompt in prompts]
+    assert [len(row) for row in ours] == [min(30, 48 - length) for length in lengths]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_a_model_that_has_been_trained_between_two_generations_gives_the_ids_of_its_new_weights(rows):
+    model = place_model(random_model(vocab_size=128), CPU)
+    prompts = (PROMPTS * 4)[:rows]
+    before = generate(model, prompts, max_new_tokens=12, temperature=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    tokens = torch.randint(100, (2, 20), generator=torch.Generator().manual_seed(0))
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    optimizer.step()
+    after = generate(model, prompts, max_new_tokens=12, temperature=0)
+    assert after == [without_a_cache(model, prompt, 12) for prompt in prompts]
+    assert after != before
+
+
+def test_a_stop_token_changes_nothing_but_where_a_row_ends():
+    model = place_model(random_model(max_seq_len=32), CPU)
+    for prompts in (PROMPTS[:1], PROMPTS[:3]):
+        for settings in ({"temperature": 0}, {"temperature": 1.0, "top_p": 0.9}):
+
+            def rows(stop_tokens, prompts=prompts, settings=settings):
+                settings = {**settings, "stop_tokens": stop_tokens, "generator": seeded(0, CPU)}
+                return generate(model, prompts, max_new_tokens=40, **settings)
+
+            free = rows(())
+            assert rows([1000]) == free  # an id that no row draws
+            for stop in free[0][:9]:
+                assert rows([stop]) == [row[: row.index(stop)] if stop in row else row for row in free]
 
 
 def test_a_batch_equals_its_prompts_alone_in_any_order():
