@@ -82,7 +82,9 @@ def sample_next(
     # The largest logit becomes 0, so no quotient overflows. float32 holds both limits. At the lower limit the likeliest
     # id has probability 1, and at the upper limit all ids are equally likely: beyond them nothing would change.
     temperature = min(max(temperature, 1e-30), 1e30)
-    probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
+    scaled = logits - logits.amax(-1, keepdim=True)
+    scaled /= temperature  # in place: fresh memory for 128,256 logits a row takes longer than dividing them
+    probabilities = torch.softmax(scaled, dim=-1)
     if top_p < 1:
         ids, kept = nucleus(probabilities, top_p)
         return ids.gather(-1, torch.multinomial(kept, 1, generator=generator)).squeeze(-1)

@@ -31,11 +31,15 @@ def test_a_linear_layer_equals_torchs_for_few_rows_and_for_many(shape, width, dt
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
-def test_under_autocast_to_bf16_few_rows_take_the_product_that_many_rows_take(rows):
-    torch.manual_seed(0)
-    layer, x = FewRowsLinear(16, 64, bias=False), torch.randn(rows, 16)
-    with autocast(torch.device("cpu"), torch.bfloat16):
-        assert torch.equal(layer(x), F.linear(x, layer.weight))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("casts", [False, True])
+def test_products_in_bf16_are_torchs_own_with_and_without_autocast(rows, dtype, casts, monkeypatch):
+    layer, x = FewRowsLinear(16, 64, bias=False).to(dtype), torch.randn(rows, 16, dtype=dtype)
+    calls, linear = [], F.linear
+    monkeypatch.setattr(cpu_kernels.functional, "linear", lambda x, W: calls.append(1) or linear(x, W))
+    with autocast(torch.device("cpu"), torch.bfloat16 if casts else torch.float32):
+        layer(x)
+    assert len(calls) == (casts or dtype == torch.bfloat16)
 
 
 def test_placing_a_model_on_the_cpu_keeps_its_parameters_and_its_logits():
