@@ -1,11 +1,14 @@
-"""Runs every benchmark of the model, writes the table in benchmarks/README.md, and reports rows that got slower.
+"""Runs every benchmark of the model, writes its table in benchmarks/README.md, and reports rows that got slower.
 
     python benchmarks/all.py                     all rows: an hour on two cores
     python benchmarks/all.py --only generation   the rows with this word in their name; the other rows do not change
 
+There is a table for each kind of machine: processor, instructions, dtype, torch version. A run rewrites rows of its own
+machine's table only. On a new kind of machine it begins a table.
+
 A row compares our fastest way with the peer's fastest way. The new row replaces the old one in the table. But if the
 ratio has fallen by more than a tenth, the old row stays, the new row is only printed, and the exit status is 1. With
---accept the new row replaces the old one even then. Another machine, or another torch version, begins a new table.
+--accept the new row replaces the old one even then.
 """
 
 import argparse
@@ -20,6 +23,8 @@ from pathlib import Path
 
 import torch
 from common import DEVICE, machine
+
+from files import atomic_write
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
@@ -43,13 +48,12 @@ ROWS = {
     "training step, original shape, 4 x 1,024": Row("train_step.py --turns 2"),
     "training step, original shape, 2 x 512": Row("train_step.py --batch_size 2 --seq_len 512 --turns 2"),
     "training step, small shape, 16 x 256": Row(f"{SMALL} --batch_size 16 --steps 4 --turns 7"),
-    "training step, small shape, 16 x 256, the peer with keep_freed_memory": Row(
-        f"{SMALL} --batch_size 16 --steps 4 --peer_keeps_memory"
-    ),
     "training step, small shape, 4 micro-steps of 4 x 256": Row(f"{SMALL} --batch_size 4 --accumulation 4 --steps 4"),
     "training step, small shape, 1 x 4,096": Row(f"{SMALL.replace('256', '4096')} --batch_size 1 --steps 4"),
     "generation, greedy": Row("generate.py --sampling greedy --turns 2"),
     "generation, sampled": Row("generate.py --sampling sampled --turns 2"),
+    "generation, greedy, one prompt": Row("generate.py --sampling greedy --batch_size 1 --turns 2"),
+    "generation, greedy, 16 prompts": Row("generate.py --sampling greedy --batch_size 16 --turns 2"),
     "HellaSwag, one example at a time": Row(HELLASWAG, "one example", "examples_per_sec", "examples/s"),
     "HellaSwag, Hugging Face": Row(HELLASWAG, "Hugging Face", "examples_per_sec", "examples/s"),
     "two processes, against one": Row("data_parallel.py", "1 process", "tokens_per_sec_a_device"),
@@ -64,7 +68,7 @@ def measure(command: str) -> dict[str, dict]:
     call = [sys.executable, str(HERE / script), *flags, "--json"]
     output = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
     ways = json.loads(output.splitlines()[-1])["ways"]
-    for way, figures in ways.items():  # the table shows only the two fastest
+    for way, figures in ways.items():  # the table shows two of them
         print(f"  {way}: " + ", ".join(f"{key} {value:,.3g}" for key, value in figures.items()), file=sys.stderr)
     return ways
 
@@ -95,20 +99,35 @@ def as_line(name: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def read_table() -> tuple[str, dict[str, str]]:
-    """Read benchmarks/README.md. Returns the line above the table, which names the machine, and the rows by name."""
+def read_tables() -> tuple[str, dict[str, str], str]:
+    """Read benchmarks/README.md. Returns the text above BEGIN, the tables by machine, and the text below END.
+
+    A table begins with the line that names its machine. Raises SystemExit if BEGIN or END is missing.
+    """
     text = README.read_text(encoding="utf-8")
-    block = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
-    lines = [line for line in block.splitlines() if line.startswith("| ")]
-    return block.partition("\n")[0], {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    parts = re.split(f"({BEGIN}|{END})", text)
+    if parts[1::2] != [BEGIN, END]:
+        sys.exit(f'benchmarks/README.md needs the lines "{BEGIN}" and "{END}", once each, with the tables between them')
+    above, _, block, _, below = parts
+    tables = [table.strip("\n") for table in re.split(r"^(?=[^|\n])", block, flags=re.MULTILINE)]
+    return above, {table.partition("\n")[0]: table for table in tables if table}, below
 
 
-def write_table(heading: str, rows: dict[str, str]) -> None:
-    """Write `heading` and the rows to benchmarks/README.md, in the order of ROWS."""
+def rows_of(table: str) -> dict[str, str]:
+    """The lines of a table by the names of its rows."""
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}  # below HEAD
+
+
+def write_row(name: str, line: str) -> None:
+    """Write `line` to this machine's table, whose rows have the order of ROWS. Other tables stay as they are."""
+    above, tables, below = read_tables()
+    heading = f"{machine()}:"
+    rows = rows_of(tables.get(heading, "")) | {name: line}
     lines = [heading, "", HEAD, re.sub(r"[^|]+", " --- ", HEAD), *(rows[name] for name in ROWS if name in rows)]
-    text = README.read_text(encoding="utf-8")
-    block = "\n".join([BEGIN, *lines, ""])
-    README.write_text(text[: text.index(BEGIN)] + block + text[text.index(END) :], encoding="utf-8")
+    tables[heading] = "\n".join(lines)
+    with atomic_write(README, "w") as file:
+        file.write("\n".join([above + BEGIN, "\n\n".join(tables.values()), END + below]))
 
 
 def main() -> int:
@@ -121,11 +140,7 @@ def main() -> int:
         names = [name for name in names if "processes" not in name]
     if not names:
         parser.error(f"--only {args.only}: this machine can measure no row of that name; rows: {'; '.join(ROWS)}")
-    heading, rows = read_table()
-    if heading != f"{machine()}:":
-        if args.only:
-            parser.error(f"the table is from another machine ({heading.strip(':')}): to begin a new one, omit --only")
-        rows = {}
+    rows = rows_of(read_tables()[1].get(f"{machine()}:", ""))
     slower = False
     for name in names:
         line = as_line(name)
@@ -136,8 +151,7 @@ def main() -> int:
                 print(f"slower: {name}: {before} times the peer before, {now} now", file=sys.stderr)
                 slower = True
                 continue
-        rows[name] = line
-        write_table(f"{machine()}:", rows)
+        write_row(name, line)
     return 1 if slower else 0
 
 

@@ -1,5 +1,10 @@
-"""Shared by the benchmarks: worker processes that do the same work in several ways, in turns; and the peer model."""
+"""Shared by the benchmarks: worker processes that do the same work in several ways, in turns; and the peer model.
 
+A way is one method of doing a benchmark's work. Ours and the peer's take turns. Of the peer's ways only the fastest
+does: `try_ways` finds it with a short trial of each.
+"""
+
+import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -9,14 +14,14 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import threads  # noqa: F401 (it sets how the threads of workers wait)
+
+import torch
 
 from hardware import dtype_name, fastest_dtype, peak_flops
 from model import ModelConfig
@@ -30,26 +35,39 @@ SHAPES = {
 
 
 def machine() -> str:
-    """This machine in one line: the GPU or processor, its cores, the fastest dtype, the torch version."""
+    """This machine in one line: the GPU, or the processor with its cores and the instructions that matter; the fastest
+    dtype, and the torch version. all.py has a table for each such line."""
     if DEVICE.type == "cuda":
-        name = torch.cuda.get_device_name()
+        words = [torch.cuda.get_device_name()]
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    dtype = dtype_name(fastest_dtype(DEVICE))
-    return (
-        f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {dtype}, torch {torch.__version__}"
-    )
+        has = torch.cpu.get_capabilities()
+        extensions = [extension for extension in ("avx512_bf16", "amx_bf16") if has.get(extension)]
+        words = [name, f"{os.cpu_count()} cores", torch.backends.cpu.get_cpu_capability(), *extensions]
+    return ", ".join([*words, dtype_name(fastest_dtype(DEVICE)), f"torch {torch.__version__}"])
 
 
 # ---------------------------------------------------------------- turns
+
+
+OUT_OF_MEMORY = 137  # the status of a Worker's process whose GPU has too little; -9: the system has ended it
+
+
+class WorkerEnded(SystemExit):
+    """The process of a Worker has ended. Who does not catch this ends the benchmark with its sentence."""
+
+    def __init__(self, status: int | None):
+        super().__init__(f"a process of the benchmark ended with {status}; -9, {OUT_OF_MEMORY}: memory ran out")
+        self.no_memory = status in (-9, OUT_OF_MEMORY)
 
 
 class Worker:
     """A process that does some work in one or more ways. It sleeps between turns.
 
     It is a separate process so that its memory can be measured. `make(*args)` runs in it once, and returns a function
-    for each way, by the name of the way. `names` lists these names.
+    for each way, by the name of the way. `names` lists the ways that take turns. `first` has the result of the first
+    turn of each way that has had one.
     """
 
     def __init__(self, make: Callable[..., dict[str, Callable[[], dict]]], *args):
@@ -59,21 +77,30 @@ class Worker:
         self.process.start()
         child_end.close()
         self.names: list[str] = self._receive()
+        self.first: dict[str, dict] = {}
 
     def turn(self, name: str) -> dict:
         """Do the work once in the way `name`. Returns the function's dict, with "seconds" and "peak_gib" added.
 
         The function may return "seconds" itself. That value then counts.
         """
-        self.pipe.send(name)
-        return self._receive()
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: _receive says how
+            self.pipe.send(name)
+        result = self._receive()
+        self.first.setdefault(name, result)
+        return result
+
+    def end(self) -> None:
+        """End the process, and wait until its memory is free."""
+        self.pipe.close()
+        self.process.join()
 
     def _receive(self):
         try:
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.process.join()
-            sys.exit(f"a process of the benchmark ended with {self.process.exitcode}; -9: memory ran out")
+            raise WorkerEnded(self.process.exitcode) from None
 
 
 def _serve(pipe, make: Callable, args: tuple) -> None:
@@ -96,9 +123,9 @@ def _serve(pipe, make: Callable, args: tuple) -> None:
             pipe.send(result)
     except EOFError:
         pass  # the pipe is closed: the benchmark is over
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        os._exit(1)
+        os._exit(OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else 1)
 
 
 def _reset_peak_memory() -> None:
@@ -118,12 +145,66 @@ def _peak_memory() -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
 
 
+def _trial(worker: Worker, name: str, first_counts: bool) -> float:
+    """The seconds of the fastest turn of a way: of one turn if it is long, of up to three if they are short.
+
+    The fastest, because whatever disturbs a turn makes it slower.
+    """
+    first = worker.turn(name)["seconds"]
+    counted = [first] if first_counts else []
+    while not counted or (len(counted) < 3 and sum(counted) < 10):
+        counted.append(worker.turn(name)["seconds"])
+    return min(counted)
+
+
+def try_ways(
+    makers: Sequence[tuple], first_counts: bool = False, groups: Sequence[str] = ("",)
+) -> tuple[list[Worker], dict[str, float | None]]:
+    """Find the peer's fastest way, so that only this one takes turns with ours.
+
+    Args:
+        makers: the arguments of a Worker each. One Worker works at a time, and only the fastest stays. Begin with the
+            one that needs most memory.
+        first_counts: whether the first turn of a way counts. It does not where it compiles.
+        groups: for each of these texts, the fastest of all ways with the text in their name stays.
+
+    Returns:
+        The workers that stay, with the fastest way of each group in `names`; and for each way that was tried the
+        seconds of its fastest turn, or None where memory ran out. Raises SystemExit where it ran out in all of them.
+    """
+    workers: list[Worker] = []
+    tried: dict[str, float | None] = {}
+    for maker in makers:
+        worker = Worker(*maker)
+        workers.append(worker)
+        try:
+            for name in worker.names:
+                tried[name] = _trial(worker, name, first_counts)
+                print(f"tried: {name}: {tried[name]:.2f} s", file=sys.stderr, flush=True)
+        except WorkerEnded as error:
+            if not error.no_memory:
+                raise
+            print(f"tried: {name}: memory ran out", file=sys.stderr, flush=True)
+            tried |= dict.fromkeys(worker.names)  # its other ways went with the process
+        seconds = {name: value for name, value in tried.items() if value is not None}
+        fastest = {min((n for n in seconds if group in n), key=seconds.get, default=None) for group in groups}
+        for worker in workers:
+            worker.names = [name for name in worker.names if name in fastest]
+            if not worker.names:
+                worker.end()
+        workers = [worker for worker in workers if worker.names]
+    if not workers:
+        sys.exit(f"memory ran out in each of these ways: {'; '.join(tried)}; take a smaller shape")
+    return workers, tried
+
+
 def take_turns(workers: list[Worker], turns: int) -> dict[str, list[dict]]:
     """In each turn, run every way of every worker once. Returns the results of each way, one for each turn.
 
-    Each result also has "peak": the device's matmul rate in its fastest dtype, in FLOP/s. For a known GPU this is the
-    published rate. Otherwise the rate is measured before each way of a turn, and the largest value counts, because
-    any disturbance lowers a measurement.
+    A way that `try_ways` has tried has had its first turn: turn 0 has that result. Each result also has "peak": the
+    device's matmul rate in its fastest dtype, in FLOP/s. For a known GPU this is the published rate. Otherwise the
+    rate is measured before each way of a turn, and the largest value counts, because any disturbance lowers a
+    measurement.
     """
     worker_of = {name: worker for worker in workers for name in worker.names}
     rows: dict[str, list[dict]] = {name: [] for name in worker_of}
@@ -131,7 +212,7 @@ def take_turns(workers: list[Worker], turns: int) -> dict[str, list[dict]]:
         results, peak = {}, 0.0
         for name, worker in worker_of.items():
             peak = max(peak, peak_flops(DEVICE, fastest_dtype(DEVICE)))
-            results[name] = worker.turn(name)
+            results[name] = worker.first[name] if turn == 0 and name in worker.first else worker.turn(name)
             print(f"turn {turn}: {name}: {results[name]['seconds']:.2f} s", file=sys.stderr, flush=True)
         for name, result in results.items():
             rows[name].append(result | {"peak": peak})
@@ -143,22 +224,38 @@ def medians(rows: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     return {name: {key: statistics.median(row[key] for row in r) for key in r[0]} for name, r in rows.items()}
 
 
-def report(title: str, columns: dict[str, Callable[[dict], str]], result: dict[str, dict], as_json: bool) -> None:
-    """Print a Markdown table with a line for each way, or one JSON object. `columns` has a function for each cell."""
+def report(
+    title: str,
+    columns: dict[str, Callable[[dict], str]],
+    result: dict[str, dict],
+    as_json: bool,
+    tried: dict[str, float | None] | None = None,
+) -> None:
+    """Print a Markdown table with a line for each way, or one JSON object. `columns` has a function for each cell.
+
+    `tried` is what `try_ways` returns. It follows below the table.
+    """
     if as_json:
-        print(json.dumps({"title": title, "machine": machine(), "ways": result}))
+        print(json.dumps({"title": title, "machine": machine(), "ways": result, "tried": tried or {}}))
         return
     print(f"{title}; {machine()}\n")
     print("| way | " + " | ".join(columns) + " |\n" + "| --- " * (1 + len(columns)) + "|")
     for name, row in result.items():
         print(f"| {name} | " + " | ".join(show(row) for show in columns.values()) + " |")
+    if tried:
+        print("\nThe peer's ways, each in a short trial; the fastest one took turns with ours:\n")
+        for name, seconds in tried.items():
+            print(f"- {name}: {'memory ran out' if seconds is None else f'{seconds:.2f} s'}")
 
 
 # ---------------------------------------------------------------- the peer
 
 
-def hugging_face(config: ModelConfig):
-    """Hugging Face's Llama of the shape of `config`, on DEVICE, with random weights and SDPA attention."""
+ATTENTION = ("eager", "sdpa")  # Hugging Face's two ways on every device; the first one needs more memory
+
+
+def hugging_face(config: ModelConfig, attention: str = "sdpa"):
+    """Hugging Face's Llama of the shape of `config`, on DEVICE, with random weights and a kind of ATTENTION."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llama_config = LlamaConfig(
@@ -174,6 +271,6 @@ def hugging_face(config: ModelConfig):
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
     return LlamaForCausalLM(llama_config).to(DEVICE)

@@ -6,26 +6,29 @@
     python benchmarks/train_step.py --cold                            compile anew, without the cache on the disk
 
 Both models run in the dtype that this device multiplies fastest, uncompiled and compiled. Hugging Face's model runs
-with SDPA and its own loss, in one graph. Both use fused AdamW, and clip the gradient's norm at 1. The ways take turns.
-Figures are medians. The first step compiles, so it has a column of its own.
+with its own loss, in one graph, with SDPA and with its own ("eager") attention. Both use fused AdamW, clip the
+gradient's norm at 1, and keep freed memory. Each of Hugging Face's ways has a short trial, and the fastest of them
+takes turns with ours. Figures are medians. The first step compiles, so it has a column of its own.
 """
 
 import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import SimpleNamespace
 
 import torch
-from common import DEVICE, SHAPES, Worker, hugging_face, medians, report, take_turns
+from common import ATTENTION, DEVICE, SHAPES, Worker, hugging_face, medians, report, take_turns, try_ways
 
 from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from model import ModelConfig, Transformer
 from model_utils import MixedPrecision, autocast, compile_blocks, flops_per_token, place_model
 from optimizers import build_optimizers
 
+# How each way compiles: the end of its name, and what torch.compiler.set_stance takes
+STANCES = {", compiled": "default", "": "force_eager"}
 # The settings of train.py
 ADAMW = SimpleNamespace(optimizer="adamw", max_lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -63,19 +66,19 @@ def make_update(
     return update
 
 
-def ways(update: Callable[..., dict], name: str, dtypes: list[str], steps: int) -> dict[str, Callable[[], dict]]:
-    """Two ways for each dtype: compiled and not. A turn does `steps` updates, and the last one counts. The updates
-    before it bring memory to the state of a long run."""
+def ways(
+    update: Callable[..., dict], names: dict[str, str], hows: Iterable[str], steps: int
+) -> dict[str, Callable[[], dict]]:
+    """A way for each dtype and each of `hows`, keys of STANCES. `names` has the way's name, less the latter, by dtype.
+
+    A turn does `steps` updates, and the last one counts. The updates before it bring memory to the state of a long run.
+    """
 
     def turn(dtype: str, stance: str) -> dict[str, float]:
         results = [update(dtype, stance) for _ in range(steps)]
         return results[-1] | {"first_step_seconds": results[0]["seconds"]}
 
-    return {
-        f"{name}, {dtype}{how}": partial(turn, dtype, stance)
-        for dtype in dtypes
-        for how, stance in ((", compiled", "default"), ("", "force_eager"))
-    }
+    return {f"{name}{how}": partial(turn, dtype, STANCES[how]) for dtype, name in names.items() for how in hows}
 
 
 def ours(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str], steps: int) -> dict:
@@ -85,16 +88,22 @@ def ours(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes:
     compile_blocks(model)
     optimizers = build_optimizers(model, ADAMW)
     losses = {dtype: MixedPrecision(model, getattr(torch, dtype), optimizers) for dtype in dtypes}
-    return ways(make_update(*optimizers, losses, config, shape, accumulation), "ours", dtypes, steps)
+    update = make_update(*optimizers, losses, config, shape, accumulation)
+    return ways(update, {dtype: f"ours, {dtype}" for dtype in dtypes}, STANCES, steps)
 
 
 def theirs(
-    config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes: list[str], steps: int, keep: bool
+    config: ModelConfig,
+    shape: tuple[int, int],
+    accumulation: int,
+    dtypes: list[str],
+    steps: int,
+    attention: str,
+    how: str,
 ) -> dict:
-    """The ways of Hugging Face's model. `keep` turns on keep_freed_memory, which our model always has."""
-    if keep:
-        keep_freed_memory()
-    model = hugging_face(config).train()
+    """The ways of Hugging Face's model with one kind of ATTENTION and one of STANCES."""
+    keep_freed_memory()  # it makes this model faster too
+    model = hugging_face(config, attention).train()
 
     @torch.compile(dynamic=False)
     def compiled(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -106,7 +115,7 @@ def theirs(
 
     losses = {dtype: partial(loss_of, dtype) for dtype in dtypes}
     update = make_update(*build_optimizers(model, ADAMW), losses, config, shape, accumulation)
-    return ways(update, "Hugging Face", dtypes, steps)
+    return ways(update, {dtype: f"Hugging Face, {dtype}, {attention}" for dtype in dtypes}, [how], steps)
 
 
 def main() -> None:
@@ -124,7 +133,6 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=2, help="steps a turn, of which the last counts (default: 2)")
     parser.add_argument("--turns", type=int, default=3, help="turns of each way (default: 3)")
-    parser.add_argument("--peer_keeps_memory", action="store_true", help="hardware.keep_freed_memory for the peer too")
     parser.add_argument("--cold", action="store_true", help="compile anew, without the cache on the disk")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
@@ -136,8 +144,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cold:
         if args.cold:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold
-        workers = [Worker(ours, *job), Worker(theirs, *job, args.peer_keeps_memory)]
-        rows = take_turns(workers, args.turns + 1)  # the first turn compiles
+        makers = [(theirs, *job, attention, how) for how in reversed(STANCES) for attention in ATTENTION]
+        # Only the first step compiles, and only the last step of a turn counts.
+        peers, tried = try_ways(makers, first_counts=args.steps > 1, groups=args.dtypes)
+        rows = take_turns([Worker(ours, *job), *peers], args.turns + 1)  # the first turn compiles
     result = medians({name: r[1:] for name, r in rows.items()})
     for name, row in result.items():
         row["first_step_seconds"] = rows[name][0]["first_step_seconds"]
@@ -152,7 +162,7 @@ def main() -> None:
         "first step, s": lambda row: f"{row['first_step_seconds']:.0f}",
     }
     title = f"{args.shape}, {args.batch_size} x {args.seq_len} tokens x {args.accumulation} micro-steps"
-    report(title, columns, result, args.json)
+    report(title, columns, result, args.json, tried)
 
 
 if __name__ == "__main__":

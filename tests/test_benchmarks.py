@@ -1,0 +1,160 @@
+"""benchmarks/: the tables that all.py writes, and the choice of the peer's fastest way. Nothing is measured here."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # last, because it has a generate.py too
+
+import common
+
+benchmarks = importlib.import_module("all")
+ROW, OTHER_ROW = "generation, greedy", "generation, sampled"
+
+
+@pytest.fixture
+def readme(tmp_path, monkeypatch):
+    """A copy of benchmarks/README.md, which all.py writes."""
+    path = tmp_path / "README.md"
+    path.write_text(benchmarks.README.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(benchmarks, "README", path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs all.py on the machine of a name, where our greedy generation is `ratio` times the peer's."""
+
+    def run(machine: str, ratio: float, *flags: str) -> int:
+        ways = {
+            "ours, greedy": {"tokens_per_sec": 100 * ratio, "peak_gib": 1.0},
+            "Hugging Face, greedy, sdpa": {"tokens_per_sec": 100.0},
+            "Hugging Face, greedy, eager": {"tokens_per_sec": 50.0},
+        }
+        monkeypatch.setattr(benchmarks, "machine", lambda: machine)
+        monkeypatch.setattr(benchmarks, "measure", lambda command: ways)
+        monkeypatch.setattr(sys, "argv", ["all.py", "--only", ROW, *flags])
+        return benchmarks.main()
+
+    monkeypatch.setattr(benchmarks, "ROWS", {name: benchmarks.ROWS[name] for name in (ROW, OTHER_ROW)})
+    return run
+
+
+def ratios(machine: str) -> dict[str, float]:
+    """The ratios in the table of a machine, by the name of the row."""
+    lines = benchmarks.rows_of(benchmarks.read_tables()[1][f"{machine}:"])
+    return {name: float(line.split(" | ")[4]) for name, line in lines.items()}
+
+
+def test_a_new_machine_has_a_table_of_its_own_and_the_others_stay(readme, run):
+    before = readme.read_text()
+    assert run("A, AVX512, bfloat16", 2.0) == run("B, AVX2, float32", 3.0) == 0
+    assert ratios("A, AVX512, bfloat16") == {ROW: 2.0}
+    assert run("A, AVX512, bfloat16", 2.5) == 0
+    assert (ratios("A, AVX512, bfloat16"), ratios("B, AVX2, float32")) == ({ROW: 2.5}, {ROW: 3.0})
+    assert list(benchmarks.read_tables()[1])[-2:] == ["A, AVX512, bfloat16:", "B, AVX2, float32:"]
+    (above, below), after = before.split(benchmarks.END), readme.read_text()
+    assert after.startswith(above)  # with all the tables that were there
+    assert after.endswith(benchmarks.END + below)
+
+
+def test_a_row_replaces_the_row_of_its_name_only(readme, run):
+    run("A", 2.0)
+    line = benchmarks.rows_of(benchmarks.read_tables()[1]["A:"])[ROW]
+    benchmarks.write_row(OTHER_ROW, line.replace(ROW, OTHER_ROW))
+    run("A", 3.0)
+    assert ratios("A") == {ROW: 3.0, OTHER_ROW: 2.0}
+
+
+def test_a_row_that_became_slower_stays_out_unless_accepted(readme, run, capsys):
+    run("A", 2.0)
+    before = readme.read_text()
+    run("B", 1.0)  # slower, but another machine
+    readme.write_text(before)
+    assert run("A", 1.7) == 1
+    assert f"slower: {ROW}: 2.0 times the peer before, 1.7 now" in capsys.readouterr().err
+    assert readme.read_text() == before
+    assert run("A", 1.81) == 0
+    assert ratios("A") == {ROW: 1.81}
+    assert run("A", 1.0, "--accept") == 0
+    assert ratios("A") == {ROW: 1.0}
+
+
+@pytest.mark.parametrize("mark", ["BEGIN", "END"])
+def test_without_its_marks_nothing_is_measured(readme, run, mark):
+    readme.write_text(readme.read_text().replace(getattr(benchmarks, mark), ""))
+    with pytest.raises(SystemExit, match=r"benchmarks/README\.md needs the lines"):
+        run("A", 2.0)
+
+
+class Worker:
+    """As common.Worker, without a process. `ways` has the seconds of each turn by name; None: memory runs out."""
+
+    def __init__(self, ways: dict[str, list]):
+        self.names, self.ways, self.first, self.ended = list(ways), {n: list(s) for n, s in ways.items()}, {}, False
+
+    def turn(self, name: str) -> dict:
+        assert not self.ended
+        seconds = self.ways[name].pop(0)
+        if seconds is None:
+            raise common.WorkerEnded(-9)
+        self.first.setdefault(name, {"seconds": seconds})
+        return {"seconds": seconds}
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def make(ways: dict[str, list]) -> dict:
+    """Stands where a benchmark has the function that makes its ways."""
+    return ways
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The Workers that were made."""
+    made = []
+
+    def worker(make, *args):
+        made.append(Worker(*args))
+        return made[-1]
+
+    monkeypatch.setattr(common, "Worker", worker)
+    return made
+
+
+def test_the_fastest_way_stays(made):
+    workers, tried = common.try_ways(
+        [(make, {"a": [1, 20], "b": [50, 12]}), (make, {"c": [60, 11]}), (make, {"d": [2, 30]})]
+    )
+    assert tried == {"a": 20, "b": 12, "c": 11, "d": 30}  # the first turn does not count
+    assert (workers, workers[0].names) == ([made[1]], ["c"])
+    assert [worker.ended for worker in made] == [True, False, True]
+
+
+def test_short_turns_are_repeated_and_the_fastest_one_counts(made):
+    _, tried = common.try_ways([(make, {"a": [2, 3, 1], "b": [11]})], first_counts=True)
+    assert tried == {"a": 1, "b": 11}
+
+
+def test_each_group_keeps_its_fastest_way(made):
+    x, y = {"float32, x": [1, 20], "bfloat16, x": [1, 30]}, {"float32, y": [1, 25], "bfloat16, y": [1, 24]}
+    workers, _ = common.try_ways([(make, x), (make, y)], groups=["float32", "bfloat16"])
+    assert [worker.names for worker in workers] == [["float32, x"], ["bfloat16, y"]]
+
+
+def test_a_way_that_runs_out_of_memory_is_named_and_does_not_win(made):
+    workers, tried = common.try_ways([(make, {"a": [1, 12], "b": [None]}), (make, {"c": [1, 20]})])
+    assert tried == {"a": None, "b": None, "c": 20}  # the process of b was that of a
+    assert [worker.names for worker in workers] == [["c"]]
+    with pytest.raises(SystemExit, match="memory ran out in each of these ways: a; take a smaller shape"):
+        common.try_ways([(make, {"a": [None]})])
+
+
+def test_a_way_that_was_tried_has_had_its_first_turn(made, monkeypatch):
+    monkeypatch.setattr(common, "peak_flops", lambda *args: 1.0)
+    workers, _ = common.try_ways([(make, {"a": [7, 11, 12]})])
+    rows = common.take_turns([*workers, Worker({"ours": [5, 6]})], 2)
+    assert {name: [row["seconds"] for row in r] for name, r in rows.items()} == {"a": [7, 12], "ours": [5, 6]}
