@@ -41,7 +41,7 @@ from tqdm import tqdm
 from files import allow_any_text_in_output
 from hardware import fastest_dtype, keep_freed_memory, pick_device
 from json_files import parse_object, shown
-from loss import token_losses
+from loss import IGNORED, token_losses
 from model import Transformer
 from model_utils import autocast, load_model
 from tokenizer import Tokenizer
@@ -191,25 +191,40 @@ def ending_log_probs(model: Transformer, rows: Sequence[PackedRow]) -> list[Tens
     B, T, device = len(rows), max(map(len, rows)), model.output.weight.device
     # Padding comes after the tokens. No token sees a later one, so padding changes no result.
     tokens, positions, segments = torch.zeros(3, B, T, dtype=torch.int64)  # segment 0: the context; 1, 2, ...: endings
-    predictors, targets = [], []  # which of the B x T tokens predict, and the ids that they should predict
+    predictors, targets = [], []  # which of the B x T tokens predict, and the ids that each of them should predict
     for b, row in enumerate(rows):
         start = len(row.context)
         tokens[b, :start] = torch.tensor(row.context)
         positions[b, :start] = torch.arange(start)
+        predictors.append(b * T + start - 1)  # the context's last token predicts the first token of every ending
+        targets.append([ending[0] for ending in row.endings])
         for segment, ending in enumerate(row.endings, start=1):
             end = start + len(ending) - 1
             tokens[b, start:end] = torch.tensor(ending[:-1])
             positions[b, start:end] = len(row.context) + torch.arange(end - start)
             segments[b, start:end] = segment
-            predictors += [b * T + len(row.context) - 1, *range(b * T + start, b * T + end)]
-            targets += ending
+            predictors += range(b * T + start, b * T + end)
+            targets += [[target] for target in ending[1:]]
             start = end
     tokens, positions, segments = tokens.to(device), positions.to(device), segments.to(device)
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     hidden = model.hidden(tokens, positions=positions, mask=seen.tril()[:, None]).flatten(0, 1)
     # At 128,256 ids the output layer is half of the arithmetic. So run it only where it predicts a token of an ending.
-    losses = token_losses(hidden[predictors], model.output.weight, torch.tensor(targets, device=device))  # (N,)
-    return list((-losses).cpu().split([len(ending) for row in rows for ending in row.endings]))
+    most = max(map(len, targets))
+    padded = torch.tensor([ids + [IGNORED] * (most - len(ids)) for ids in targets], device=device)  # (N, most)
+    log_probs = -token_losses(hidden[predictors], model.output.weight, padded).cpu()
+    return _by_ending(rows, log_probs)
+
+
+def _by_ending(rows: Sequence[PackedRow], log_probs: Tensor) -> list[Tensor]:
+    """The log-probabilities of each ending, from those of all predictors (N, endings of a row)."""
+    endings, end = [], 0
+    for row in rows:
+        first, end = log_probs[end], end + 1
+        for j, ending in enumerate(row.endings):
+            start, end = end, end + len(ending) - 1
+            endings.append(torch.cat((first[j : j + 1], log_probs[start:end, 0])))
+    return endings
 
 
 @torch.inference_mode()

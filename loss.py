@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 SLICE = 1024  # C: enough tokens for a matrix product at a CPU's full speed; not measured on GPUs
+BLOCK = 1024  # ids whose logits a CPU computes at once without gradients: 1,024 x 1,024 logits are 4 MiB in float32
 
 
 def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -89,14 +90,27 @@ class SlicedLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropies (N,), in nats and float32, of hidden states x (N, D) against targets (N,); 0 where IGNORED."""
+    """Cross-entropies in nats, in float32, of hidden states x (N, D) against targets (N,), or (N, K) for K ids each.
+
+    They have the shape of `targets`, and are 0 where IGNORED. On a CPU the logits are computed a block of the
+    vocabulary at a time, so that they stay in the caches.
+    """
     check_targets(targets, len(weight))
-    dtype = product_dtype(x)
-    losses = [x.new_empty(0, dtype=torch.float32)] + [
-        F.cross_entropy(logits.float(), targets[chunk], reduction="none", ignore_index=IGNORED)
-        for chunk, logits in logit_slices(x.to(dtype), weight.to(dtype))
-    ]
-    return torch.cat(losses)
+    x = x.to(product_dtype(x))
+    ids = targets if targets.dim() == 2 else targets[:, None]  # (N, K)
+    width = BLOCK if x.device.type == "cpu" else len(weight)
+    log_sums, logits_of_ids = [], torch.zeros_like(ids, dtype=torch.float32)
+    for start in range(0, len(weight), width):
+        block = weight[start : start + width].to(x.dtype)
+        log_sums.append(x.new_empty(len(x), dtype=torch.float32))  # of the exponentials of these logits
+        for chunk, logits in logit_slices(x, block):
+            # log_softmax makes one pass over the logits, where logsumexp makes five
+            log_sums[-1][chunk] = logits[:, 0].float() - logits.log_softmax(-1, dtype=torch.float32)[:, 0]
+            columns = ids[chunk] - start
+            found = logits.gather(1, columns.clamp(0, len(block) - 1)).float()
+            logits_of_ids[chunk] += found.where((columns >= 0) & (columns < len(block)), 0)
+    losses = torch.stack(log_sums, 1).logsumexp(1, keepdim=True) - logits_of_ids
+    return losses.where(ids != IGNORED, 0).view(targets.shape)
 
 
 def losses_and_shares(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:

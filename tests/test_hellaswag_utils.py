@@ -271,16 +271,20 @@ def test_batches_are_bounded_in_tokens_and_hold_little_padding(model, monkeypatc
 def test_the_output_layer_runs_in_slices_and_only_where_endings_are_predicted(model, examples, monkeypatch):
     expected = score(model, examples)
     monkeypatch.setattr(loss, "SLICE", 64)
-    positions, mm = [], torch.mm
+    monkeypatch.setattr(loss, "BLOCK", 200)  # of 512 ids: the last block is smaller
+    shapes, mm = [], torch.mm
 
-    def watched(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        positions.append(len(x))
-        return mm(x, *args, **kwargs)
+    def watched(x: torch.Tensor, weight: torch.Tensor, **kwargs) -> torch.Tensor:
+        shapes.append((len(x), weight.shape[1]))
+        return mm(x, weight, **kwargs)
 
     monkeypatch.setattr(torch, "mm", watched)  # the output layer's product
     sliced = score(model, examples, batch_tokens=10_000)
-    assert sum(positions) == sum(len(ending) for example in examples for ending in example.endings)
-    assert max(positions) == 64
+    # The last token of a row's context predicts the first tokens of all endings. It is one position, not one for each.
+    rows = pack(examples, CONFIG.max_seq_len)
+    positions = sum(1 + sum(len(ending) - 1 for ending in row.endings) for row in rows)
+    assert sum(rows * ids for rows, ids in shapes) == positions * VOCAB
+    assert max(shapes) == (64, 200)
     for a, b in zip(itertools.chain(*expected), itertools.chain(*sliced), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 

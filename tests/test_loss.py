@@ -170,8 +170,31 @@ def test_a_target_that_is_no_id_is_refused_with_gradients_and_without(target, wi
         model(random_tokens(2, 8), targets)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [1, 7, 50, 64])
+def test_losses_do_not_depend_on_the_blocks_of_the_vocabulary(monkeypatch, block, dtype):
+    """Logits of 100 are far apart, and e^100 is more than float32 holds."""
+    monkeypatch.setattr(loss_module, "SLICE", 5)
+    monkeypatch.setattr(loss_module, "BLOCK", block)
+    torch.manual_seed(0)
+    x, weight = 20 * torch.randn(16, 24, dtype=dtype), torch.randn(50, 24)
+    targets = torch.randint(50, (16, 3))  # several ids for each token
+    targets[2] = targets[3:9, 1] = IGNORED
+    targets[0], targets[1] = torch.tensor([0, 49, IGNORED]), torch.tensor([6, 7, 8])
+    log_p = (x @ weight.to(dtype).T).double().log_softmax(-1)
+    assert log_p.min() < -200
+    expected = -log_p.gather(1, targets.clamp(min=0)) * (targets != IGNORED)
+    losses = token_losses(x, weight, targets)
+    assert losses.dtype == torch.float32
+    # bfloat16 logits may differ by a rounding, because another block takes another kernel
+    tolerance = {"rtol": 1e-6, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.01, "atol": 1}
+    torch.testing.assert_close(losses.double(), expected, **tolerance)
+    torch.testing.assert_close(token_losses(x, weight, targets[:, 0]).double(), expected[:, 0], **tolerance)
+
+
 def test_no_tokens_have_no_losses():
-    assert token_losses(torch.zeros(0, 8), torch.zeros(16, 8), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    for shape in ((0,), (0, 3)):
+        assert token_losses(torch.zeros(0, 8), torch.zeros(16, 8), torch.zeros(shape, dtype=torch.int64)).shape == shape
 
 
 def test_the_compiled_kernel_needs_no_second_buffer_of_logits():
