@@ -102,7 +102,7 @@ def theirs(
     how: str,
 ) -> dict:
     """The ways of Hugging Face's model with one kind of ATTENTION and one of STANCES."""
-    keep_freed_memory()  # it makes this model faster too
+    keep_freed_memory()  # as ours, so that the peaks can be compared
     model = hugging_face(config, attention).train()
 
     @torch.compile(dynamic=False)
