@@ -2,12 +2,13 @@
 
 import itertools
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -220,11 +221,12 @@ class Records:
         `last_step` (-1: all) are dropped."""
         self.cfg, self.process, self.run_id = cfg, process, run_id
         self.metrics: MetricsLog | None = None  # on rank zero alone
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         run_on_rank_zero(partial(self._open, last_step, goes_on), process)
         self.peak = process.world_size * peak_flops(process.device, getattr(torch, cfg.dtype))  # FLOP/s of all devices
         self.flops = flops_per_token(model)
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.first_step: tuple[int, float] | None = None  # its number, and the time when it was done
+        self.page_seconds, self.page_done = 0.0, 0.0  # what writing the page took, and when it was done
 
     def _open(self, last_step: int, goes_on: bool) -> None:
         out_dir = Path(self.cfg.out_dir)
@@ -232,6 +234,16 @@ class Records:
         drop_after(out_dir, last_step)
         tensorboard = start_tensorboard(self.cfg, last_step)
         self.metrics = MetricsLog(out_dir, start_wandb(self.cfg, self.run_id), tensorboard)
+        device = self.process.device
+        start = {
+            "step": max(0, last_step),
+            "tokens": max(0, last_step) * self.cfg.total_batch_size,
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": self.process.world_size,
+            "parameters": self.num_parameters,
+        }
+        self.metrics.rows.append(json.dumps(start) + "\n")
 
     def write(self, step: int, row: dict, line: str) -> None:
         """A row of metrics.jsonl, and a printed line if `line` is not empty."""
@@ -265,11 +277,13 @@ class Records:
         line = f"validation {row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte"
         line += "".join(f", {share:.1%} of {folder}" for folder, share in shares.items())
         self.write(step, row | ({"data_shares": shares} if shares else {}), line)
+        self.write_page()
 
     def hellaswag(self, step: int, row: dict, name: str) -> None:
         """`row` is `evaluation.score_hellaswag`'s, `name` what to call the benchmark."""
         acc, acc_norm, examples = (row[f"hellaswag_{key}"] for key in ("acc", "acc_norm", "examples"))
         self.write(step, row, f"{name}: acc {acc:.1%}, acc_norm {acc_norm:.1%} of {examples:,} (chance 25%)")
+        self.write_page()
 
     def samples(self, step: int, row: dict) -> None:
         """`row` is `evaluation.draw_samples`'s, which is empty on all ranks but zero. The texts go to samples.txt."""
@@ -277,22 +291,38 @@ class Records:
             self.metrics.samples(step, step * self.cfg.total_batch_size, row["samples"])
             text = "\n\n".join(row["samples"])
             self.process.print(f"----- step {step}\n{text}\n-----")
+            self.write_page()
+
+    def write_page(self, *, is_end: bool = False) -> None:
+        """Write report.html on rank zero, so that a run can be watched.
+
+        A page takes seconds to write where a run has hundreds of thousands of rows. It is left out where it would take
+        more than 1% of the time, and after one that failed. The end of a run is always tried.
+        """
+        began = time.perf_counter()
+        if self.metrics is None or (not is_end and began - self.page_done < 100 * self.page_seconds):
+            return
+        is_written = write_report_or_say_why(Path(self.cfg.out_dir), is_end=is_end)
+        self.page_done = time.perf_counter()
+        self.page_seconds = self.page_done - began if is_written else math.inf
 
     def close(self, *, finished: bool) -> None:
         """End the records. With `wandb_artifact` the last checkpoint of a finished run goes to Weights & Biases."""
         if self.metrics is None:
             return
+        if not finished:  # train.py writes the page of a finished run
+            self.write_page(is_end=True)
         checkpoints = checkpoints_in(Path(self.cfg.out_dir) / "checkpoints")
         if finished and checkpoints and self.cfg.wandb_artifact and self.metrics.wandb:
             self.metrics.wandb.upload(checkpoints[-1], f"{Path(self.cfg.out_dir).name}-{self.run_id}")
         self.metrics.close()
 
 
-def write_report_or_say_why(out_dir: Path) -> bool:
-    """Write report.html of a run that is saved already. If it cannot be written, print why and return False."""
+def write_report_or_say_why(out_dir: Path, *, is_end: bool = True) -> bool:
+    """Write report.html of a run. If it cannot be written, print why and return False: no page is worth a run."""
     try:
-        write_report([out_dir], out_dir / "report.html")
-    except (OSError, ValueError) as error:
+        write_report([out_dir], out_dir / "report.html", is_end=is_end)
+    except Exception as error:
         complain(f"report.html: not written ({error}); the run is whole; `python report.py {out_dir}` writes it later")
         return False
     return True
