@@ -294,7 +294,7 @@ def page_parts(runs: Sequence[Run], plots: Sequence[dict]) -> dict[str, str]:
     drawn = [{key: plot[key] for key in ("unit", "include", "lines", "left_out")} for plot in plots]
     return {
         "title": escape(", ".join(run.name for run in runs)),
-        "paper": "@page { size: landscape }" if len(runs) > 5 else "",  # a table of many columns
+        "paper": "; size: landscape" if len(runs) > 5 else "",  # a table of many columns
         "top": top,
         "runs": "" if is_single else f"<fieldset><legend>Runs</legend>{''.join(switches)}</fieldset>",
         "plots": frames or "<h2>No losses in metrics.jsonl yet</h2>",

@@ -7,13 +7,14 @@ import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from itertools import pairwise
+from itertools import accumulate, chain, combinations, pairwise
 from pathlib import Path
 
 import pytest
 
 import report
-from report import Line, loss_curve_svg, smooth, thin, write_report
+from report import loss_curve_svg, write_report
+from run_folders import COLOURS, DASHES, kept, smooth
 
 REPO = Path(__file__).resolve().parents[1]
 BATCH = 1000  # tokens a step
@@ -23,7 +24,10 @@ CONFIG = {
     "betas": [0.9, 0.95],
     "model": {"dim": 64, "ffn_dim_multiplier": None},
 }
-PLOTS = ["Loss", "Validation", "sample continuations", "Learning rate", "Gradient norm", "Throughput", "MFU"]
+PLOTS = [
+    *("Loss", "Validation", "sample continuations acc_norm", "sample continuations acc", "Learning rate of AdamW"),
+    *("Gradient norm", "Throughput", "MFU"),
+]
 
 
 def rows_of(steps, *, val_every=10, seed=0, floor=3.0):
@@ -51,7 +55,7 @@ def write_run(folder, rows=(), *, config=CONFIG, samples="", tail=""):
 
 
 def page_of(*folders):
-    """The page, parsed as XML. A stray < or & from a file would not parse."""
+    """The page, parsed as XML. A stray < or & from a file would not parse. The script is a section of CDATA."""
     out = folders[0].parent / "page.html"
     write_report(folders, out)
     return ET.fromstring(out.read_text(encoding="utf-8"))
@@ -62,7 +66,15 @@ def text_of(element):
 
 
 def plots_of(page):
-    return {figure.find("figcaption").text.strip(): figure.find("svg") for figure in page.iter("figure")}
+    """The plots by title, as the script of the page gets them."""
+    titles = [caption.text.strip() for caption in page.iter("figcaption")]
+    (data,) = (script.text for script in page.iter("script") if script.get("id") == "data")
+    return dict(zip(titles, json.loads(data), strict=True))
+
+
+def words_of(page):
+    """The label of each plot."""
+    return [svg.get("aria-label") for svg in page.iter("svg") if svg.get("role") == "img"]
 
 
 def facts_of(page, index=0):
@@ -71,32 +83,6 @@ def facts_of(page, index=0):
 
 def table_of(page, index=0):
     return [[text_of(cell) for cell in row] for row in list(page.iter("table"))[index].iter("tr")]
-
-
-def axis(plot, x_or_y):
-    """A function that turns a position in percent into a value, by the labels of the axis."""
-    sizes = {"K": 1e3, "M": 1e6, "%": 0.01}
-    labels = []
-    for text in plot.findall("./text[@dy='18']" if x_or_y == "x" else "./text[@dy='4']"):
-        value = float(text.text.rstrip("KM%")) * sizes.get(text.text[-1], 1)
-        labels.append((float(text.get(x_or_y).rstrip("%")), value))
-    (p0, v0), (p1, v1) = labels[0], labels[-1]
-    return lambda position: v0 + (position - p0) * (v1 - v0) / (p1 - p0)
-
-
-def marks(plot):
-    """(tokens, value) of the marked points, computed from their positions."""
-    x, y = axis(plot, "x"), axis(plot, "y")
-    circles = plot.findall("./circle")
-    return [(x(float(c.get("cx").rstrip("%"))), y(float(c.get("cy").rstrip("%")))) for c in circles]
-
-
-def corners(polyline):
-    return [tuple(map(float, pair.split(","))) for pair in polyline.get("points").split()]
-
-
-def drawn(plot):
-    return [[tuple(v / 10 for v in corner) for corner in corners(p)] for p in plot.findall("./svg/polyline")]
 
 
 @pytest.fixture
@@ -108,14 +94,16 @@ def test_the_summary_is_computed_from_the_rows(run):
     rows = rows_of(500)
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
     assert facts_of(page_of(run)) == {
-        "steps": "500",
         "tokens": "500,000",
-        "training loss, smoothed, last": f"{statistics.fmean(losses[-6:]):.4f}",
+        "training loss, last": f"{losses[-1]:.4f}",
+        "training loss, running median, last": f"{statistics.median(losses[-6:]):.4f}",
+        "validation loss, last": f"{[row['val_loss'] for row in rows if 'val_loss' in row][-1]:.4f}",
         "validation loss, best": f"{min(row['val_loss'] for row in rows if 'val_loss' in row):.4f}",
         "bits per byte, best": f"{min(row['val_bpb'] for row in rows if 'val_bpb' in row):.4f}",
         "sample continuations acc_norm, last": "26.5%",
         "sample continuations acc, last": "26.0%",
         "tokens/s, median": f"{statistics.median(r['tokens_per_sec'] for r in rows if 'mfu' in r):,.0f}",
+        "updates left out, not finite": "0",
     }
 
 
@@ -128,111 +116,183 @@ def test_the_best_need_not_be_the_last(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_each_plot_has_each_run_in_its_own_colour(tmp_path, count):
+def test_each_plot_has_a_line_for_each_run_in_its_own_colour(tmp_path, count):
     page = page_of(*(write_run(tmp_path / f"run{i}", rows_of(60, seed=i)) for i in range(count)))
     plots = plots_of(page)
     assert list(plots) == PLOTS
-    per_run = {"Validation": 1, "Learning rate": 1}  # the others have two: faint and smoothed, or acc and acc_norm
     for name, plot in plots.items():
-        chance = name == "sample continuations"
-        colours = [line.get("stroke") for line in plot.findall("./svg/polyline")][chance:]
-        assert len(colours) == per_run.get(name, 2) * count
-        assert len(set(colours)) == count
-    names = [f"run{i}" for i in range(count)] if count > 1 else ["training", "validation"]
-    legend = next(page.iter("figure")).findall(".//span")
-    colours = [entry.find("i").get("style").split()[-1] for entry in legend]
-    assert [text_of(entry) for entry in legend] == names
-    assert len(set(colours)) == len(names)
-    dots = {circle.get("fill") for circle in plots["Loss"].findall("./circle")}
-    assert dots == (set(colours) if count > 1 else {colours[1]})
+        lines = [line for line in plot["lines"] if line["style"] != "dots"]
+        assert [line["colour"] for line in lines] == list(COLOURS[:count])
+        assert [bool(line["medians"]) for line in lines] == [name in ("Loss", *PLOTS[5:])] * count
+    dots = [line for line in plots["Loss"]["lines"] if line["style"] == "dots"]
+    assert [line["colour"] for line in dots] == (list(COLOURS[:count]) if count > 1 else [COLOURS[1]])
+    switches = [text_of(label) for label in page.iter("label") if label.find("input").get("type") == "checkbox"]
+    assert switches == ([f"run{i}" for i in range(count)] if count > 1 else [])
 
 
-@pytest.mark.parametrize("steps", [30, 3000])
-def test_marks_stand_where_the_rows_say(tmp_path, steps):
-    rows = rows_of(steps, val_every=steps // 10)
-    plots = plots_of(page_of(write_run(tmp_path / "run", rows)))
-    for name, field in (("Loss", "val_loss"), ("Validation", "val_bpb")):
-        points = [(row["tokens"], row[field]) for row in rows if field in row]
-        found = marks(plots[name])
-        assert len(found) >= 9  # marks of the first steps may lie above the frame
-        for (x, y), (tokens, value) in zip(found, points[-len(found) :], strict=True):
-            assert x == pytest.approx(tokens, abs=steps * BATCH / 1000)
-            assert y == pytest.approx(value, abs=0.005)
-    assert marks(plots["sample continuations"])[0] == pytest.approx((0, 0.26), abs=0.001)
+def test_the_ninth_run_has_the_first_colour_and_a_dash(tmp_path):
+    page = page_of(*(write_run(tmp_path / f"run{i}", rows_of(9)) for i in range(17)))
+    styles = [(line["colour"], line["dash"]) for line in plots_of(page)["Throughput"]["lines"]]
+    assert styles[8] == (COLOURS[0], DASHES[1]) and styles[16] == (COLOURS[0], DASHES[2]) and DASHES[0] == ""
+    assert len(set(styles)) == 17
+    assert "size: landscape" in text_of(page.find("head"))
 
 
-def test_lines_stand_where_the_rows_say(run):
-    plots = plots_of(page_of(run))
-    rows = [row for row in rows_of(500) if "lr" in row]
-    for name, field in (("Throughput", "tokens_per_sec"), ("MFU", "mfu"), ("Gradient norm", "grad_norm")):
-        raw, smoothed = drawn(plots[name])
-        x, y = axis(plots[name], "x"), axis(plots[name], "y")
-        assert [x(at) for at, _ in raw] == pytest.approx([row["tokens"] for row in rows], abs=100)
-        assert [y(at) for _, at in raw] == pytest.approx([row[field] for row in rows], rel=0.01)
-        assert y(smoothed[-1][1]) == pytest.approx(statistics.fmean(row[field] for row in rows[-6:]), rel=0.01)
-        assert y(100) == 0
-    (rate,) = drawn(plots["Learning rate"])
-    assert axis(plots["Learning rate"], "y")(rate[0][1]) == pytest.approx(6e-4, rel=0.01)
+def linear(colour):
+    """Red, green and blue light of a colour, 0 to 1 (IEC 61966-2-1)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
 
 
-def test_chance_is_a_line_at_a_quarter(run):
-    plot = plots_of(page_of(run))["sample continuations"]
-    chance = drawn(plot)[0]
-    assert [axis(plot, "y")(y) for _, y in chance] == pytest.approx([0.25, 0.25])
-    assert [x for x, _ in chance] == [0, 100]
+def times(matrix, vector):
+    return [sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
 
 
-def test_first_steps_and_a_spike_do_not_flatten_the_rest(tmp_path):
-    rows = rows_of(5000, val_every=100)
-    next(row for row in rows if row["step"] == 3000 and "train_loss" in row)["train_loss"] = 80.0
-    plot = plots_of(page_of(write_run(tmp_path / "run", rows)))["Loss"]
-    low, high = axis(plot, "y")(100), axis(plot, "y")(0)
-    assert 2 <= low < 3
-    assert 5 < high <= 8  # after a twentieth of the steps the loss is 3 + 6 exp(-0.6) = 6.3
-    assert "up to 80" in text_of(plot)
-    assert min(float(circle.get("cy").rstrip("%")) for circle in plot.findall("./circle")) >= 0
+def cielab(light):
+    xyz = times([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], light)
+    ratios = [value / white for value, white in zip(xyz, (0.9505, 1, 1.089), strict=True)]
+    x, y, z = (r ** (1 / 3) if r > 0.008856 else 7.787 * r + 16 / 116 for r in ratios)
+    return [116 * y - 16, 500 * (x - y), 200 * (y - z)]
 
 
-def test_all_of_a_few_values_are_shown(tmp_path):
-    plots = plots_of(page_of(write_run(tmp_path / "run", rows_of(30))))
-    assert [x for x, _ in marks(plots["Validation"])] == pytest.approx([0, 10_000, 20_000, 30_000], abs=10)
+# Machado, Oliveira, Fernandes (2009): how a reader with deuteranopia sees red, green and blue light.
+DEUTERANOPIA = [
+    [0.367322, 0.860646, -0.227968],
+    [0.280085, 0.672501, 0.047413],
+    [-0.011820, 0.042940, 0.968881],
+]
 
 
-def test_a_validation_loss_far_above_the_training_loss_is_seen(tmp_path):
-    rows = rows_of(1000, val_every=250)
-    next(row for row in rows if row["step"] == 1000 and "val_loss" in row)["val_loss"] = 9.5
-    plot = plots_of(page_of(write_run(tmp_path / "run", rows)))["Loss"]
-    assert marks(plot)[-1] == pytest.approx((1_000_000, 9.5), rel=0.01)
+def test_colours_are_told_apart_under_deuteranopia_and_stand_out_on_white_and_black():
+    assert len(set(COLOURS)) == 8
+    for colour in COLOURS:
+        brightness = times([[0.2126, 0.7152, 0.0722]], linear(colour))[0]
+        assert 1.05 / (brightness + 0.05) >= 3 and (brightness + 0.05) / 0.05 >= 3
+    seen = [cielab([min(1, max(0, c)) for c in times(DEUTERANOPIA, linear(colour))]) for colour in COLOURS]
+    assert min(math.dist(a, b) for a, b in combinations(seen, 2)) >= 25
 
 
-def test_the_separate_curve_is_the_plot_of_the_page(run, tmp_path):
+def test_points_stand_where_the_rows_say(run):
+    plots, rows = plots_of(page_of(run)), [row for row in rows_of(500) if "lr" in row]
+    seconds = list(accumulate(BATCH / row["tokens_per_sec"] for row in rows))
+    fields = ("train_loss", "lr", "grad_norm", "tokens_per_sec", "mfu")
+    for name, field in zip(("Loss", *PLOTS[4:]), fields, strict=True):
+        line = plots[name]["lines"][0]
+        steps, tokens, times, values = line["columns"]
+        assert steps == [row["step"] for row in rows] and tokens == [row["tokens"] for row in rows]
+        assert times == pytest.approx(seconds, rel=1e-5)
+        assert values == pytest.approx([row[field] for row in rows], rel=1e-5)
+        if line["medians"]:
+            assert line["medians"][-1] == pytest.approx(statistics.median(values[-6:]), rel=1e-5)
+    points = [(row["step"], row["val_loss"]) for row in rows_of(500) if "val_loss" in row]
+    steps, _, _, values = plots["Loss"]["lines"][1]["columns"]
+    assert list(zip(steps, values, strict=True)) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in points]
+
+
+def test_a_repeated_step_counts_once_and_rows_of_resumes_are_sorted(tmp_path):
+    rows = [{"step": s, "tokens": 10 * s, "train_loss": v} for s, v in ((1, 9.0), (2, 8.0), (3, 7.0), (2, 6.0))]
+    (line,) = plots_of(page_of(write_run(tmp_path / "run", rows)))["Loss"]["lines"]
+    assert line["columns"][0] == [1, 2, 3] and line["columns"][3] == [9, 6, 7]
+
+
+def test_each_group_has_its_own_learning_rate_also_where_settings_changed(tmp_path):
+    rows = [{"step": s, "tokens": s, "lr": 0.01 * s} for s in (1, 2)]
+    rows.append({"step": 2, "tokens": 2, "config_change": {"max_lr": [0.02, 0.04], "muon_lr": [0.1, 0.3]}})
+    rows += [{"step": s, "tokens": s, "lr": 0.01 * s} for s in (3, 4)]
+    config = {"optimizer": "muon", "max_lr": 0.04, "muon_lr": 0.3}
+    plots = plots_of(page_of(write_run(tmp_path / "run", rows, config=config)))
+    assert plots["Learning rate of AdamW"]["lines"][0]["columns"][3] == [0.01, 0.02, 0.03, 0.04]
+    assert plots["Learning rate of Muon"]["lines"][0]["columns"][3] == pytest.approx([0.05, 0.1, 0.225, 0.3])
+
+
+def test_updates_that_were_left_out_are_marked_and_named(tmp_path):
+    rows = [row for row in rows_of(40) if row["step"] not in (7, 8)]
+    rows += [{"step": s, "tokens": s * BATCH, "lr": 1e-3, "skipped": s - 6, "tokens_per_sec": 5000} for s in (7, 8)]
+    rows.append({"step": 41, "tokens": 41 * BATCH, "train_loss": math.nan})
+    page = page_of(write_run(tmp_path / "run", rows))
+    assert facts_of(page)["updates left out, not finite"] == "3: step 7, 8, 41"
+    for name, plot in plots_of(page).items():
+        marks = [mark["columns"][0] for mark in plot["left_out"]]
+        assert marks == ([[7, 8, 41]] if name in ("Loss", "Gradient norm") else [])
+
+
+def test_each_plot_says_its_last_values(run, tmp_path):
+    page = page_of(run, write_run(tmp_path / "half", rows_of(250)))
+    words = words_of(page)
+    assert len(words) == len(PLOTS)
+    assert words[3] == (
+        "sample continuations acc, of its examples; chance is 25%. "
+        "Last values: one 26% at step 500; half 26% at step 250."
+    )
+    assert words[0].startswith("Loss, nats per token") and "one, validation 3.1 at step 500" in words[0]
+
+
+def state_of(page):
+    return next(text_of(p) for p in page.iter("p") if p.get("class") == "state")
+
+
+def test_the_head_says_how_far_the_run_is_when_and_on_what(tmp_path):
+    start = {"started": "2026-01-02T03:04:05+00:00", "device": "NVIDIA H100", "processes": 8, "parameters": 301_000_000}
+    rows = [{"step": 0, "tokens": 0, **start}, *rows_of(11), {"step": 5, "tokens": 5000, **start}]
+    run = write_run(tmp_path / "run", rows, config={"max_steps": 60})
+    known = "begun 2026-01-02 03:04 · gone on after step 5 · device 8 x NVIDIA H100 · parameters 301,000,000"
+    assert state_of(page_of(run)) == f"11 of 60 steps, stopped · {known}"
+    (run / ".holder.json").write_text("{}")
+    assert state_of(page_of(run)) == f"11 of 60 steps, running when this was written · {known}"
+    write_report([run], tmp_path / "page.html", is_end=True)
+    assert state_of(ET.parse(tmp_path / "page.html")) == f"11 of 60 steps, stopped · {known}"
+    os.utime(run / ".holder.json", (0, 0))  # no heartbeat: the process was killed
+    assert state_of(page_of(run)) == f"11 of 60 steps, stopped · {known}"
+    old = write_run(tmp_path / "old", rows_of(11), config={"max_steps": 11, "device": "cuda"})
+    assert state_of(page_of(old)) == "11 of 11 steps, finished · device cuda"
+
+
+def test_first_steps_and_a_spike_do_not_flatten_the_picture(tmp_path):
+    rows = rows_of(1000)
+    next(row for row in rows if row["step"] == 500 and "train_loss" in row)["train_loss"] = 80.0
+    root = ET.fromstring(loss_curve_svg([write_run(tmp_path / "run", rows)]))
+    texts = [text for text in root.iter(f"{SVG}text") if text.get("text-anchor") == "end" and text.get("x") == "48"]
+    values = [float(text.text) for text in texts]
+    assert min(values) <= 3 and 6 <= max(values) <= 8  # after a twentieth the loss is 3 + 6 exp(-0.6) = 6.3
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_picture_shows_losses_and_medians_of_all_runs(run, tmp_path):
     other = write_run(tmp_path / "o<t>her", rows_of(30))
-    svg = "{http://www.w3.org/2000/svg}"
-    for folders in ([run], [run, other]):
+    for folders, dots in (([run], 51), ([run, other], 51 + 4)):
         root = ET.fromstring(loss_curve_svg(folders))
-        assert root.tag == f"{svg}svg"
-        alone = [line.get("points") for line in root.iter(f"{svg}polyline")]
-        assert alone == [line.get("points") for line in plots_of(page_of(*folders))["Loss"].iter("polyline")]
-    texts = [text.text for text in root.iter(f"{svg}text")]
+        assert len(list(root.iter(f"{SVG}polyline"))) == 2 * len(folders)
+        assert len([circle for circle in root.iter(f"{SVG}circle") if circle.get("r") == "3"]) == dots
+    raw, medians, _, _ = (
+        [tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in root.iter(f"{SVG}polyline")
+    )
+    assert raw[-1][0] == medians[-1][0] == 884 and len(raw) == len(medians) == 500
+    texts = [text.text for text in root.iter(f"{SVG}text")]
     assert {"tokens", "one", "o<t>her"} < set(texts)
     assert any("nats per token" in text for text in texts)
 
 
 def test_several_runs_show_where_their_configurations_differ(tmp_path):
     configs = [CONFIG, {**CONFIG, "max_lr": 1e-3, "model": {"dim": 128}}, {**CONFIG, "seed": 7}]
+    configs = [config | {"out_dir": f"runs/{i}"} for i, config in enumerate(configs)]
     page = page_of(*(write_run(tmp_path / f"run{i}", rows_of(9), config=c) for i, c in enumerate(configs)))
-    assert table_of(page, 1) == [
+    assert [h2.text for h2 in page.iter("h2")][:2] == ["Settings that differ", "Summary"]
+    assert table_of(page) == [
         ["", "run0", "run1", "run2"],
         ["max_lr", "0.0006", "0.001", "0.0006"],
         ["model.dim", "64", "128", "64"],
         ["model.ffn_dim_multiplier", "null", "–", "null"],
         ["seed", "–", "–", "7"],
     ]
-    summary = table_of(page)
-    assert summary[1] == ["steps", "9", "9", "9"]
-    assert len(summary) == 9
-    same = page_of(*(write_run(tmp_path / f"same{i}", rows_of(9)) for i in range(2)))
-    assert len(list(same.iter("table"))) == 1
+    summary = table_of(page, 1)
+    assert summary[1] == ["state", "9 steps", "9 steps", "9 steps"]
+    assert ["validation loss, best", *[f"{3 + 6 + 0.1:.4f}"] * 3] in summary
+    for div in (div for div in page.iter("div") if div.get("class") == "scroll"):
+        assert div.get("tabindex") == "0" and div.get("role") == "region" and div.get("aria-label")
+    same = page_of(*(write_run(tmp_path / f"same{i}", rows_of(9), config={"out_dir": str(i)}) for i in range(2)))
+    assert len(list(same.iter("table"))) == 2 and "Settings that differNone.Summary" in text_of(same)
 
 
 def test_one_run_shows_its_configuration(run):
@@ -257,7 +317,7 @@ def test_one_run_shows_its_configuration(run):
 )
 def test_a_benchmark_has_its_own_name(tmp_path, path, name):
     page = page_of(write_run(tmp_path / "run", rows_of(20), config={"hellaswag_path": path}))
-    assert list(plots_of(page))[2] == name
+    assert list(plots_of(page))[2:4] == [f"{name} acc_norm", f"{name} acc"]
     assert f"{name} acc, last" in facts_of(page)
     assert ("HellaSwag" in text_of(page)) == (name == "HellaSwag" or "HellaSwag" in path)
 
@@ -268,8 +328,8 @@ def test_different_benchmarks_do_not_share_a_plot(tmp_path):
     ]
     page = page_of(*folders)
     plots = plots_of(page)
-    assert [len(drawn(plots[name])) for name in ("a", "b")] == [3, 3]
-    assert ["a acc, last", "26.0%", "–"] in table_of(page)
+    assert [[line["run"] for line in plots[f"{name} acc"]["lines"]] for name in ("a", "b")] == [[0], [1]]
+    assert ["a acc, last", "26.0%", "–"] in table_of(page, 1)
 
 
 def test_the_last_sample_is_shown(run):
@@ -294,7 +354,7 @@ def test_text_from_files_is_escaped(tmp_path):
     shown = HOSTILE.replace("\x00", "\ufffd").replace("\x1b", "\ufffd").replace("\ufffe", "\ufffd")
     for chosen in (folders[:1], folders):
         page = page_of(*chosen)
-        assert not {"script", "img", "b"} & {element.tag for element in page.iter()}
+        assert not {"img", "b"} & {element.tag for element in page.iter()} and len(list(page.iter("script"))) == 2
         assert [pre.text.strip() for pre in page.iter("pre")] == [shown] * len(chosen)
         assert "<b>a" in text_of(page)
     ET.fromstring(loss_curve_svg(folders))
@@ -309,7 +369,7 @@ def test_rows_that_are_not_whole_are_left_out(tmp_path):
             '{"step": 41, "tokens": null, "train_loss": 1e30, "val_loss": 0.1}',
             '{"step": 41, "tokens": NaN, "val_loss": 0.1}',
             '{"step": 41, "tokens": -5, "val_loss": 0.1}',
-            f'{{"step": 41, "tokens": 40000, "val_loss": {10**400}, "val_bpb": -1e999}}',
+            f'{{"step": 41, "tokens": 41000, "val_loss": {10**400}, "val_bpb": -1e999}}',
             '{"step": 41}',
             "7",
             "[1, 2]",
@@ -320,7 +380,8 @@ def test_rows_that_are_not_whole_are_left_out(tmp_path):
     )
     good, bad = write_run(tmp_path / "good", whole), write_run(tmp_path / "bad", whole, tail=tail)
     expected, found = facts_of(page_of(good)), facts_of(page_of(bad))
-    assert found == {**expected, "steps": "41", "tokens": "41,000"}
+    assert found == {**expected, "tokens": "41,000", "updates left out, not finite": "1: step 41"}
+    assert state_of(page_of(bad)).startswith("41 steps")
     assert plots_of(page_of(bad)).keys() == plots_of(page_of(good)).keys()
 
 
@@ -339,10 +400,10 @@ def test_few_or_odd_rows_make_a_page(tmp_path, rows):
     folder = write_run(tmp_path / "run", rows)
     page = page_of(folder)
     assert ("No losses" in text_of(page)) == (not rows)
-    assert "nan" not in ET.tostring(page, encoding="unicode") and "inf%" not in ET.tostring(page, encoding="unicode")
-    for plot in plots_of(page).values():
-        assert plot.findall(".//circle") or any(len(line) > 1 for line in drawn(plot))  # something is seen
-    assert facts_of(page)["steps"] == (str(rows[-1]["step"]) if rows else "–")
+    for plot in plots_of(page).values() if rows else ():
+        for line in plot["lines"]:
+            assert line["columns"][0] and all(map(math.isfinite, chain(*line["columns"], line["medians"] or ())))
+    assert state_of(page).startswith(f"{rows[-1]['step'] if rows else 0} steps")
     ET.fromstring(loss_curve_svg([folder]))
 
 
@@ -354,7 +415,7 @@ def test_config_and_samples_may_be_missing_or_broken(tmp_path, config):
     if config is not None:
         (folder / "config.json").write_text(config)
     page = page_of(folder)
-    assert facts_of(page)["steps"] == "20"
+    assert state_of(page).startswith("20 steps")
     assert not list(page.iter("pre"))
 
 
@@ -363,33 +424,35 @@ def test_bytes_that_are_no_text_do_no_harm(run):
         with open(run / name, "ab") as file:
             file.write(b"\xff\xfe")
     page = page_of(run)
-    assert facts_of(page)["steps"] == "500"
+    assert state_of(page).startswith("500 steps")
     assert next(page.iter("pre")).text.strip() == "class Foo:\n\n\ufffd\ufffd"
 
 
 def test_thinning_keeps_ends_and_extremes():
     rng = random.Random(0)
-    points = [(x, rng.random()) for x in range(20_000)]
-    extremes = {(7777, 50.0), (12_345, -50.0), (19_990, 60.0)}
-    for x, y in extremes:
-        points[x] = (x, y)
-    thinned = thin(points, 1000)
-    assert 900 <= len(thinned) <= 1002
-    assert thinned == sorted(thinned) and set(thinned) <= set(points)
-    assert thinned[0] == points[0] and thinned[-1] == points[-1]
-    assert extremes < set(thinned)
-    assert max(b[0] - a[0] for a, b in pairwise(thinned)) < 80  # no gaps
-    assert thin(points[:1000], 1000) == points[:1000]
+    values = [rng.random() for _ in range(20_000)]
+    extremes = {7777: 50.0, 12_345: -50.0, 19_990: 60.0}
+    for i, y in extremes.items():
+        values[i] = y
+    chosen = kept(values, 1000)
+    assert 900 <= len(chosen) <= 1002 and chosen == sorted(set(chosen))
+    assert chosen[0] == 0 and chosen[-1] == 19_999 and extremes.keys() < set(chosen)
+    assert max(b - a for a, b in pairwise(chosen)) < 80  # no gaps
+    assert kept(values[:1000], 1000) == list(range(1000))
 
 
-def test_smoothing_is_a_running_mean_that_keeps_a_line_straight():
-    points = [(x, 2.0 * x) for x in range(1000)]
-    smoothed = smooth(points)
-    assert [y for _, y in smoothed[:990]] == pytest.approx([y for _, y in points[:990]])
-    assert smoothed[-1] == (999, statistics.fmean(y for _, y in points[-11:]))
-    assert [x for x, _ in smoothed] == [x for x, _ in points]
-    assert smooth([]) == [] and smooth([(3, 4.0)]) == [(3, 4.0)]
-    assert smooth([(1, 0.0), (2, 3.0), (3, 6.0), (4, 0.0)]) == [(1, 0.0), (2, 3.0), (3, 3.0), (4, 3.0)]
+def test_smoothing_is_a_running_median():
+    rng = random.Random(0)
+    values = [rng.choice([1.0, 2.0, rng.random()]) for _ in range(1234)]
+    windows = [values[max(0, i - 12) : min(2 * i, i + 12, 1233) + 1] for i in range(1234)]
+    assert smooth(values) == [statistics.median(window) for window in windows]
+    assert smooth([]) == [] and smooth([4.0]) == [4.0]
+
+
+def test_a_spike_leaves_no_trace_in_the_medians():
+    values = [2.0 * x for x in range(1000)]
+    spiked = [*values[:500], 1e6, *values[501:]]
+    assert max(abs(a - b) for a, b in zip(smooth(values), smooth(spiked), strict=True)) <= 2
 
 
 @pytest.mark.parametrize(
@@ -404,23 +467,6 @@ def test_ticks_are_round_and_span_the_values(low, high):
     assert all(tick / step == pytest.approx(round(tick / step)) for tick in found)
 
 
-def test_the_strips_show_the_values_under_the_pointer(run):
-    plot = plots_of(page_of(run))["Loss"]
-    titles = [title.text.split("\n") for title in plot.findall("./rect/title")]
-    assert len(titles) == 50
-    assert titles[0][0] == "5K tokens" and titles[-1][0] == "495K tokens"
-    for i, expected in ((12, 3.3), (-1, 3.0)):  # 3 + 6 exp(-12 * 0.25) = 3.3
-        for text, name, above in zip(titles[i][1:], ("one", "one, validation"), (0, 0.1), strict=True):
-            assert text.endswith(f" {name}")
-            assert float(text.split()[0]) == pytest.approx(expected + above, abs=0.08)
-
-
-def test_no_values_are_shown_after_the_end_of_a_run(run, tmp_path):
-    plot = plots_of(page_of(run, write_run(tmp_path / "half", rows_of(250))))["Throughput"]
-    told = ["half" in title.text for title in plot.findall("./rect/title")]
-    assert told == [True] * 26 + [False] * 24
-
-
 def test_a_page_of_eight_long_runs_stays_small_and_needs_no_other_file(tmp_path):
     folders = [
         write_run(tmp_path / f"run-{i}", rows_of(1500, val_every=5, seed=i), samples="===== step 1\n" + "<x>" * 10**5)
@@ -428,8 +474,8 @@ def test_a_page_of_eight_long_runs_stays_small_and_needs_no_other_file(tmp_path)
     ]
     write_report(folders, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert len(text.encode()) < 500_000
-    assert not any(word in text for word in ("http:", "https:", "//", "@import", "url(", "src=", "href=", "<script"))
+    assert len(text.encode()) < 2_000_000
+    assert not any(word in text for word in ("http:", "https:", "@import", "url(", "src=", "href="))
     assert loss_curve_svg(folders).replace('xmlns="http://www.w3.org/2000/svg"', "").count("http") == 0
 
 
@@ -454,6 +500,24 @@ def test_the_command_line_writes_the_page_and_the_curve(run, tmp_path, monkeypat
     assert call(monkeypatch, other, run, "--out", tmp_path / "new" / "two.html") == 0
     assert table_of(ET.parse(tmp_path / "new" / "two.html"))[0] == ["", "other", "one"]
     assert not (other / "report.html").exists()
+
+
+def test_a_comparison_has_a_page_of_its_own_and_says_where(run, tmp_path, monkeypatch, capsys):
+    write_report([run], run / "report.html")
+    page, others = (run / "report.html").read_bytes(), [write_run(tmp_path / f"run{i}", rows_of(9)) for i in range(4)]
+    assert call(monkeypatch, run, others[0]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'compare_one_run0.html'}\n"
+    monkeypatch.chdir(run)
+    assert call(monkeypatch, ".", *others) == 0
+    assert capsys.readouterr().out == f"wrote {os.path.join('..', 'compare_one_run0_run1_and_2_more.html')}\n"
+    for chosen in ([run, others[0]], [others[0]]):
+        assert call(monkeypatch, *chosen, "--out", run / "report.html") == 1
+        assert capsys.readouterr().err.endswith("is the page of the run in that folder; give another file with --out\n")
+    assert (run / "report.html").read_bytes() == page
+    assert {path.name for path in tmp_path.glob("*.html")} == {
+        "compare_one_run0.html",
+        "compare_one_run0_run1_and_2_more.html",
+    }
 
 
 def test_a_folder_whose_name_is_no_text_has_its_page_and_its_curve(tmp_path, monkeypatch):
@@ -494,9 +558,5 @@ def test_a_folder_that_is_no_run_is_refused(run, tmp_path, monkeypatch, capsys, 
 def test_report_starts_without_torch(run):
     script = "import sys, report; sys.argv[0] = 'report.py'; report.main(); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script, run], cwd=REPO, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"wrote {run / 'report.html'}\n", "")
     assert (run / "report.html").is_file()
-
-
-def test_a_line_without_points_draws_no_plot():
-    assert report.figure("Loss", "", [Line([], "#000", report.FIRM)]) == ""

@@ -31,7 +31,7 @@ from hellaswag_utils import load_examples
 from layouts import meta_params, weight_shapes
 from model import ModelConfig, Transformer
 from model_folders import best_in, find_checkpoint, load_weights, read_model, read_model_config, write_model
-from report import read_json
+from run_folders import read_json
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.faults
