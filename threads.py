@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-SPINS = 3000
+SPINS = 10_000
 
 
 def wait_briefly(environment: MutableMapping[str, str]) -> None:
@@ -17,7 +17,7 @@ def wait_briefly(environment: MutableMapping[str, str]) -> None:
 
     An operation of torch is a loop that the threads share, and at its end they wait for the slowest one. GNU's OpenMP
     lets them spin 300,000 times before they sleep. Where another program needs a core, they hold the core that the
-    slowest thread waits for. `benchmarks/waiting.py` measures it: fewer spins cost nothing alone, down to `SPINS`.
+    slowest thread waits for. `benchmarks/waiting.py` measures what fewer spins cost alone, and gain there.
     """
     if not environment.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         environment["GOMP_SPINCOUNT"] = str(SPINS)
