@@ -233,7 +233,7 @@ def state_of(page):
 
 def test_the_head_says_how_far_the_run_is_when_and_on_what(tmp_path):
     start = {"started": "2026-01-02T03:04:05+00:00", "device": "NVIDIA H100", "processes": 8, "parameters": 301_000_000}
-    rows = [{"step": 0, "tokens": 0, **start}, *rows_of(11), {"step": 5, "tokens": 5000, **start}]
+    rows = [{"step": 1, "tokens": 1000, **start}, *rows_of(11), {"step": 6, "tokens": 6000, **start}]
     run = write_run(tmp_path / "run", rows, config={"max_steps": 60})
     known = "begun 2026-01-02 03:04 · gone on after step 5 · device 8 x NVIDIA H100 · parameters 301,000,000"
     assert state_of(page_of(run)) == f"11 of 60 steps, stopped · {known}"
