@@ -377,7 +377,7 @@ def main() -> int:
         prompt = read_prompt(args)
         device = pick_device(args.device)
         model, checkpoint = load_model(args.checkpoint, device)
-        if checkpoint["dtype"] == "bfloat16":  # its products in training were in this dtype
+        if checkpoint.get("dtype") == "bfloat16":  # its products in training were in this dtype
             cast_parameters(model, fastest_dtype(device))
         tokenizer = Tokenizer(vocab_size=model.config.vocab_size)
         generator = seeded(args.seed, device)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -221,7 +221,6 @@ class Records:
         `last_step` (-1: all) are dropped."""
         self.cfg, self.process, self.run_id = cfg, process, run_id
         self.metrics: MetricsLog | None = None  # on rank zero alone
-        self.start: dict = {}  # facts that the first training row holds too
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         run_on_rank_zero(partial(self._open, last_step, goes_on), process)
         self.peak = process.world_size * peak_flops(process.device, getattr(torch, cfg.dtype))  # FLOP/s of all devices
@@ -235,13 +234,6 @@ class Records:
         drop_after(out_dir, last_step)
         tensorboard = start_tensorboard(self.cfg, last_step)
         self.metrics = MetricsLog(out_dir, start_wandb(self.cfg, self.run_id), tensorboard)
-        device = self.process.device
-        self.start = {
-            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "processes": self.process.world_size,
-            "parameters": self.num_parameters,
-        }
 
     def write(self, step: int, row: dict, line: str) -> None:
         """A row of metrics.jsonl, and a printed line if `line` is not empty."""
@@ -256,8 +248,7 @@ class Records:
         An update that was left out has `skipped` instead of train_loss and grad_norm: how many were left out in a row.
         """
         tokens_per_sec = self.cfg.total_batch_size / seconds
-        row = row | {"tokens_per_sec": tokens_per_sec, "mfu": tokens_per_sec * self.flops / self.peak} | self.start
-        self.start = {}
+        row = row | {"tokens_per_sec": tokens_per_sec, "mfu": tokens_per_sec * self.flops / self.peak}
         # The first step is left out of the estimate of the time left, because it also compiles.
         self.first_step = self.first_step or (step, time.perf_counter())
         number, done = self.first_step

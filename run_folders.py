@@ -85,20 +85,13 @@ class Run:
         ]
 
     def facts(self) -> dict[str, str]:
-        """State, date, device and size of the run, as text. The first training row of each start holds "started"."""
-        starts = [row for row in self.rows if isinstance(row.get("started"), str)]
-        last = starts[-1] if starts else {}
+        """State and device of the run, as text."""
         step = max((step for step, *_ in self.places if step == step), default=0)
         end = self.config.get("max_steps", "")
         state = "finished" if end == str(step) else "running when this was written" if self.is_alive else "stopped"
-        count, parameters = last.get("processes"), last.get("parameters")
-        before = [f"{row['step'] - 1:,}" for row in starts[1:] if is_number(row.get("step"))]
         return {
             "state": f"{step:,} of {int(end):,} steps, {state}" if end.isdecimal() else f"{step:,} steps",
-            "begun": starts[0]["started"][:16].replace("T", " ") if starts else NONE,
-            "gone on after step": ", ".join(before) or NONE,
-            "device": f"{count} x {last['device']}" if count and "device" in last else self.config.get("device", NONE),
-            "parameters": f"{parameters:,}" if isinstance(parameters, int) else NONE,
+            "device": self.config.get("device", NONE),
         }
 
 

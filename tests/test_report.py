@@ -231,20 +231,15 @@ def state_of(page):
     return next(text_of(p) for p in page.iter("p") if p.get("class") == "state")
 
 
-def test_the_head_says_how_far_the_run_is_when_and_on_what(tmp_path):
-    start = {"started": "2026-01-02T03:04:05+00:00", "device": "NVIDIA H100", "processes": 8, "parameters": 301_000_000}
-    rows = [{"step": 1, "tokens": 1000, **start}, *rows_of(11), {"step": 6, "tokens": 6000, **start}]
-    run = write_run(tmp_path / "run", rows, config={"max_steps": 60})
-    known = "begun 2026-01-02 03:04 · gone on after step 5 · device 8 x NVIDIA H100 · parameters 301,000,000"
-    assert state_of(page_of(run)) == f"11 of 60 steps, stopped · {known}"
+def test_the_head_says_how_far_the_run_is_and_on_what(tmp_path):
+    run = write_run(tmp_path / "run", rows_of(11), config={"max_steps": 60, "device": "cuda"})
+    assert state_of(page_of(run)) == "11 of 60 steps, stopped · device cuda"
     (run / ".holder.json").write_text("{}")
-    assert state_of(page_of(run)) == f"11 of 60 steps, running when this was written · {known}"
+    assert state_of(page_of(run)) == "11 of 60 steps, running when this was written · device cuda"
     write_report([run], tmp_path / "page.html", is_end=True)
-    assert state_of(ET.parse(tmp_path / "page.html")) == f"11 of 60 steps, stopped · {known}"
+    assert state_of(ET.parse(tmp_path / "page.html")) == "11 of 60 steps, stopped · device cuda"
     os.utime(run / ".holder.json", (0, 0))  # no heartbeat: the process was killed
-    assert state_of(page_of(run)) == f"11 of 60 steps, stopped · {known}"
-    old = write_run(tmp_path / "old", rows_of(11), config={"max_steps": 11, "device": "cuda"})
-    assert state_of(page_of(old)) == "11 of 11 steps, finished · device cuda"
+    assert state_of(page_of(run)) == "11 of 60 steps, stopped · device cuda"
 
 
 def test_first_steps_and_a_spike_do_not_flatten_the_picture(tmp_path):
