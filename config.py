@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,18 +14,18 @@ from typing import Any, Literal
 
 import torch
 
+from command_line import shown
 from dataloaders import folder_quotas
-from environment import environment_errors, local_rank, local_world_size, rank, world_size
-from flags import read_flags, shown, split_flags
-from hardware import dtype_name, fastest_dtype, pick_device
+from environment import local_rank, local_world_size, world_size
+from hardware import fastest_dtype, pick_device
 from model import ModelConfig, model_errors
-from model_folders import find_checkpoint, read_model_config
-from shards import is_prepared
 from tokenizer import VOCAB_SIZES, Tokenizer
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
+    config: str = ""  # named configuration whose values are the defaults; train.py has them
+
     # Data
     data_root: str | tuple[str, ...]  # prepared folder; or several to mix, as path:weight
     hellaswag_path: str  # file that load_hellaswag_dataset.py fetched
@@ -86,12 +86,12 @@ class Config:
     # The model; its fields are flags too, --model.dim and so on
     model: ModelConfig
 
-    # Orders, not settings: no record of a run has them. `--dry_run` alone means `--dry_run True`.
+    # Orders, not settings
     dry_run: bool = False  # show what the run will take, and stop; writes nothing
     allow_config_change: bool = False  # go on although a field that changes the result differs from the checkpoint's
 
 
-ORDERS = ("dry_run", "allow_config_change")
+ORDERS = ("config", "dry_run", "allow_config_change")  # no record of a run has them, and no resume compares them
 
 
 def config_as_dict(config: Any) -> dict:
@@ -248,7 +248,7 @@ def folder_error(folder: Path) -> str:
 def held_by(cfg: Config) -> Iterator[str]:
     """What out_dir holds, or is, that is not the run's own: the current folder, data, a model."""
     out_dir, paths = Path(os.path.realpath(cfg.out_dir)), [("the current folder", os.getcwd())]
-    with suppress(ValueError):  # read_config has a sentence for it
+    with suppress(ValueError):  # data_errors has a sentence for it
         paths += [(f"data_root={shown(folder)}", folder) for folder in folder_quotas(cfg.data_root)]
     if cfg.hellaswag_every:
         paths.append((f"hellaswag_path={shown(cfg.hellaswag_path)}", cfg.hellaswag_path))
@@ -257,90 +257,6 @@ def held_by(cfg: Config) -> Iterator[str]:
     for name, path in paths:
         if path and Path(os.path.realpath(path)).is_relative_to(out_dir):
             yield name
-
-
-# ---------------------------------------------------------------- the configuration of a run
-
-
-def with_model_of(cfg: Config, given: set[str]) -> tuple[Config, list[str]]:
-    """`cfg` with the model that `init_from` names, and a sentence for each of the `given` flags that it contradicts.
-
-    The sequence length stays that of the run.
-    """
-    try:
-        model, _ = read_model_config(find_checkpoint(cfg.init_from))
-    except (ValueError, OSError) as error:
-        return cfg, [f"init_from={cfg.init_from}: {error}"]
-    errors = [
-        f"model.{name}={asked}: {cfg.init_from} has {value}; leave the flag out"
-        for name, value in asdict(model).items()
-        if name != "max_seq_len" and f"model.{name}" in given and (asked := getattr(cfg.model, name)) != value
-    ]
-    length = cfg.model.max_seq_len
-    if length > model.max_seq_len:
-        errors.append(f"model.max_seq_len={length}: {cfg.init_from} has only {model.max_seq_len} positions; lower it")
-    return replace(cfg, model=replace(model, max_seq_len=length)), errors
-
-
-def data_errors(data_root: str | tuple[str, ...]) -> list[str]:
-    """A sentence for each folder of `data_root` that is not prepared, or for a mixture that cannot be."""
-    if "" in (data_root, *data_root):
-        return [f"data_root={data_root}: a folder has no name; give one that load_fineweb_dataset.py has prepared"]
-    errors = []
-    try:
-        for folder in folder_quotas(data_root):
-            with suppress(OSError):  # no folder has such a name, or it is not for us to read
-                if is_prepared(folder):
-                    continue
-            errors.append(f"data_root={shown(folder)}: not a prepared folder; load_fineweb_dataset.py makes one")
-    except ValueError as error:
-        errors.append(str(error))
-    return errors
-
-
-def read_config(args: list[str], original: Config, sample: Config, description: str | None = None) -> Config:
-    """`original` with the flags in `args`; `sample` with them where the original's data is not prepared.
-
-    Raises:
-        ValueError: flags that cannot be read and fields that cannot be honoured, all of them in one message.
-        SystemExit: --help.
-    """
-    flags = split_flags(args, ORDERS)
-    given = {flag.name for flag in flags}
-    (cfg, small), wrong = read_flags(flags, [original, sample], description)
-    errors, notes = [], []
-    if found := data_errors(cfg.data_root) if "data_root" not in wrong else []:
-        if "data_root" in given:
-            errors += found
-        else:
-            notes.append(
-                f"{cfg.data_root} is not prepared: `python load_fineweb_dataset.py` prepares 10 billion tokens."
-            )
-            notes.append("Training the sample configuration instead: a small Llama 3 on the Python standard library.")
-            cfg = small
-    written = cfg is small and cfg.hellaswag_path == sample.hellaswag_path  # train.py writes the sample's file
-    if cfg.hellaswag_every and not written and not os.path.isfile(cfg.hellaswag_path):
-        cure = "`python load_hellaswag_dataset.py` fetches HellaSwag; --hellaswag_every 0 goes without"
-        if "hellaswag_path" in given:
-            errors.append(f"hellaswag_path={shown(cfg.hellaswag_path)}: no such file; {cure}")
-        else:
-            notes.append(f"{cfg.hellaswag_path} is not there, so this run goes without it; {cure}")
-            cfg = replace(cfg, hellaswag_every=0)
-    if cfg.init_from:
-        cfg, found = with_model_of(cfg, given)
-        errors += found
-    errors += path_errors(cfg) + config_errors(cfg)
-    # The field of a flag that cannot be read still has its default, so a sentence with that value would mislead.
-    fields = "|".join(re.escape(name.rpartition(".")[2]) for name in wrong if name) or "(?!)"
-    errors = [error for error in errors if not re.search(rf"(^|[ .])({fields})=", error)]
-    errors = [*environment_errors(), *wrong.values(), *errors]
-    if errors:
-        raise ValueError("\n".join(errors))
-    if rank() == 0:
-        print("".join(f"{note}\n" for note in notes), end="")
-    if cfg.dtype == "auto":  # the records of a run say which dtype it was
-        cfg = replace(cfg, dtype=dtype_name(fastest_dtype(local_device(cfg.device))))
-    return cfg
 
 
 if __name__ == "__main__":

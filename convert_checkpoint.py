@@ -9,15 +9,16 @@ run, and with a short model card. Meta's layout is `consolidated.00.pth` with `p
 This is the only script that reads one: `weights_only=True` refuses code, and the file is memory-mapped.
 """
 
-import argparse
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from checkpoints import STATE, read_state
+from command_line import FlagParser, results_of
 from files import allow_any_text_in_output, atomic_folder
 from json_files import read_object, shown
 from layouts import check_shapes, checked_config, meta_params
@@ -91,6 +92,8 @@ def from_meta(meta: Path, out: Path, rope_scale: float | None, max_seq_len: int)
     Raises:
         ValueError: the files do not make a Llama 3, or there are several of them.
     """
+    if not meta.is_dir():
+        raise ValueError(f"{meta}: no such folder; give one with consolidated.00.pth and params.json")
     files = sorted(file for file in meta.glob("consolidated.*.pth") if file.is_file())
     if [file.name for file in files] != ["consolidated.00.pth"]:
         found = f"{len(files)} files consolidated.*.pth" if files else "no consolidated.00.pth"
@@ -153,10 +156,15 @@ def read_params(path: Path, rope_scale: float | None, max_seq_len: int) -> Model
         raise ValueError(f"{path}: not the parameters of a Llama 3 ({error})") from error
 
 
-def main() -> int:
-    allow_any_text_in_output()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+def check_out(out: Path) -> None:
+    """Raises ValueError if there is something at `out`."""
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; choose another")
+
+
+def command_line() -> FlagParser:
+    parser = FlagParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="to-hf|to-meta|from-meta")
     for command, what in (
         ("to-hf", "a slim copy to publish"),
         ("to-meta", "Meta's layout"),
@@ -175,10 +183,15 @@ def main() -> int:
         if command == "to-hf":
             one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
         one.add_argument("--out", required=True, type=Path, help="folder to write; it must not exist")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    allow_any_text_in_output()
+    args = command_line().parse_args()
     try:
-        if args.out.exists():
-            raise ValueError(f"--out {args.out}: exists already; choose another")
+        reads_meta = args.command == "from-meta"
+        results_of(partial(check_out, args.out), *([] if reads_meta else [partial(find_checkpoint, args.checkpoint)]))
         if args.command == "to-hf":
             to_hf(args.checkpoint, args.out, DTYPES[args.dtype])
         elif args.command == "to-meta":

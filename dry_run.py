@@ -31,12 +31,14 @@ MARGIN = 0.95  # share of a GPU's free memory that may be taken: the allocator l
 MEASURED_STEPS = 3
 
 
-def dry_run(cfg: Config, process: Process, update: Callable) -> int:
+def dry_run(cfg: Config, process: Process, update: Callable, notes: list[str]) -> int:
     """Print what the run takes. Returns 1 if it will not fit into the memory or on the disk, else 0.
 
-    `update` is train.py's, handed over because no file imports train.py.
+    Args:
+        update: train.py's, handed over because no file imports train.py.
+        notes: lines to print first; they name the configuration.
     """
-    process.print("configuration\n" + packed(config_as_dict(cfg)))
+    process.print(*notes, packed(config_as_dict(cfg)), sep="\n")
     torch.manual_seed(cfg.seed)
     before = memory_taken(process.device)
     free = memory_free(process.device)

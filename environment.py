@@ -7,7 +7,7 @@ A variable that is no number counts as not set, because train.py asks for the nu
 import os
 import re
 
-from flags import shown
+from command_line import shown
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by srun and by mpirun

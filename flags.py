@@ -4,17 +4,17 @@ tyro reads them. It stops at the first word that it refuses. So when it refuses,
 """
 
 import io
-import re
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass, is_dataclass
-from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
+
+from command_line import BOOLEANS, is_flag, nearest, no_such_flag, shown
 
 T = TypeVar("T")
 
@@ -37,8 +37,11 @@ class Flag:
     values: tuple[str, ...]
 
 
-def split_flags(args: list[str], orders: tuple[str, ...] = ()) -> list[Flag]:
-    """The flags in `args`. One of the `orders` without a value gets True: `--dry_run` means `--dry_run True`."""
+def split_flags(args: list[str], types: dict[str, Any]) -> list[Flag]:
+    """The flags in `args`. `types` are those of the fields, by name.
+
+    A boolean may be True, true or 1, False, false or 0. It may stand without a value, which means True.
+    """
     starts = [place for place, word in enumerate(args) if place == 0 or is_flag(word)]
     flags = []
     for start, end in pairwise([*starts, len(args)]):
@@ -48,53 +51,49 @@ def split_flags(args: list[str], orders: tuple[str, ...] = ()) -> list[Flag]:
             continue
         head, equals, value = words[0].partition("=")
         name, values = head.lstrip("-").replace("-", "_"), ((value,) if equals else ()) + words[1:]
-        if name in orders and not values:
-            words, values = (*words, "True"), ("True",)
+        if bool in (hint := types.get(name), *get_args(hint)):
+            spelled = values or ("true",)
+            if len(spelled) == 1 and spelled[0].lower() in BOOLEANS:
+                words, values = (head, str(BOOLEANS[spelled[0].lower()])), values or ("True",)
         flags.append(Flag(words, name, values))
     return flags
 
 
-def is_flag(word: str) -> bool:
-    """Whether tyro takes `word` for a flag. -5, -inf and "- a text" are values."""
-    if re.fullmatch(r"-(inf|infinity|nan)", word, re.IGNORECASE):
-        return False
-    return word == "--" or (word.startswith("-") and word.lstrip("-")[:1].isalpha())
+def read_flags(flags: list[Flag], default: T, types: dict[str, Any], description: str = "") -> tuple[T, dict[str, str]]:
+    """`default`, a dataclass, with the `flags` that can be read. `types` are those of its fields.
 
-
-def read_flags(flags: list[Flag], defaults: list[T], description: str | None = None) -> tuple[list[T], dict[str, str]]:
-    """`defaults`, instances of one dataclass, with the `flags` that can be read.
-
-    Returns them, and a sentence for each flag that cannot be read, by its name.
+    Returns it, and a sentence for each flag that cannot be read, by its name.
 
     Raises:
         ValueError: tyro refuses the flags together, and none of them alone.
         SystemExit: --help was asked for, and has been printed.
     """
-    cls = type(defaults[0])
-    parse = partial(tyro.cli, cls, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    parse = partial(
+        tyro.cli, type(default), use_underscores=True, config=(tyro.conf.FlagConversionOff,), default=default
+    )
     if any(flag.name in ("h", "help") or flag.name.startswith("tyro_") for flag in flags):  # tyro_: shell completion
-        parse(args=words_of(flags), default=defaults[0], description=description)
-    types = dict(field_types(cls))
+        lines = [f" {line}".rstrip() for line in description.splitlines()]  # tyro would join lines without an indent
+        parse(args=words_of(flags), description="\n".join(lines))
     wrong = {flag.name: unknown(flag, types) for flag in flags if flag.name not in types or flag.words[0][:2] != "--"}
     for name in dict.fromkeys(flag.name for flag in flags if flag.name not in wrong):
         given = [" ".join(flag.values) for flag in flags if flag.name == name]
         if len(given) > 1:
             wrong[name] = f"{name}={' and '.join(map(shown, given))}: given {len(given)} times; give it once"
     good = [flag for flag in flags if flag.name not in wrong]
-    if refusal(parse, good, defaults[0]):
-        wrong |= {flag.name: mistyped(flag, types[flag.name]) for flag in good if refusal(parse, [flag], defaults[0])}
+    if refusal(parse, good):
+        wrong |= {flag.name: mistyped(flag, types[flag.name]) for flag in good if refusal(parse, [flag])}
         good = [flag for flag in good if flag.name not in wrong]
-        if words := refusal(parse, good, defaults[0]):
+        if words := refusal(parse, good):
             raise ValueError(words)
-    return [parse(args=words_of(good), default=default) for default in defaults], wrong
+    return parse(args=words_of(good)), wrong
 
 
-def refusal(parse: partial, flags: list[Flag], default: Any) -> str:
+def refusal(parse: partial, flags: list[Flag]) -> str:
     """What tyro prints when it refuses `flags`; "" when it takes them."""
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
-            parse(args=words_of(flags), default=default)
+            parse(args=words_of(flags))
     except SystemExit:
         return printed.getvalue() or "the flags cannot be read"
     return ""
@@ -118,11 +117,8 @@ def unknown(flag: Flag, types: dict[str, Any]) -> str:
     if not flag.name:
         return f"{shown(' '.join(flag.words))}: belongs to no flag; write --FIELD VALUE"
     known = {name.rpartition(".")[2]: name for name in types} | {name: name for name in types}
-    nearest = get_close_matches(flag.name.lower(), known, n=1)
-    cure = "`python train.py --help` lists them; a text that begins with - goes behind =, as in --out_dir=-text"
-    if nearest:
-        cure = f"did you mean --{known[nearest[0]]}?"
-    return f"{shown(' '.join(flag.words))}: no such flag; {cure}"
+    meant = known.get(nearest(flag.name, known), "")
+    return no_such_flag(" ".join(flag.words), meant and f"--{meant}", "train.py")
 
 
 def mistyped(flag: Flag, hint: Any) -> str:
@@ -139,13 +135,6 @@ def looks(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(looks, get_args(hint)))
     return LOOKS.get(hint, str(hint))
-
-
-def shown(value: Any) -> str:
-    """`value` in a sentence: on one line, and cut where it is long."""
-    text = str(value)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import threads  # noqa: F401 (it sets how threads wait)
 import torch
 from torch import Tensor
 
+from command_line import SWITCH, FlagParser
 from files import allow_any_text_in_output
 from hardware import fastest_dtype, pick_device
 from model import Transformer
@@ -176,11 +177,9 @@ def parse_setting(name: str, text: str) -> Any:
     return value
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line() -> FlagParser:
     usage = "%(prog)s --checkpoint C [--prompt TEXT] [--FLAG VALUE ...]    (--help explains the flags)"
-    parser = argparse.ArgumentParser(
-        usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(usage=usage, description=__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="a checkpoint, a run directory, or a Llama 3 in Hugging Face's layout")
     prompt = parser.add_mutually_exclusive_group()
@@ -191,8 +190,8 @@ def command_line() -> argparse.ArgumentParser:
         note = "; may be given again" if name == "stop" else f" (default: {setting.default})"
         kind = partial(parse_setting, name)
         add(f"--{name}", type=kind, default=setting.default, help=setting.help + note, **many)
-    add("--cut_prompt", action="store_true", help="cut a prompt that is longer than the context from the left")
-    add("--continuous", action="store_true", help="go on when the context is full, without the oldest part of the text")
+    add("--cut_prompt", **SWITCH, help="cut a prompt that is longer than the context from the left")
+    add("--continuous", **SWITCH, help="go on when the context is full, without the oldest part of the text")
     add(
         "--logprobs",
         choices=("list", "colour"),

@@ -31,11 +31,14 @@ def pick_device(name: str, place: tuple[int, int] | None = None) -> torch.device
     if device.type == "cuda":
         # All processes check the largest number, because the process that prints must see the error too.
         largest = (device.index or 0) if alone else place[1] - 1
-        if largest >= torch.cuda.device_count():
-            raise ValueError(
-                f"device={name}: GPU {largest} was asked for and {torch.cuda.device_count()} are visible; "
-                "start fewer processes, or pass --device cpu"
+        if not (count := torch.cuda.device_count()):
+            cause = (
+                "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
             )
+            raise ValueError(f"device={name}: there is no GPU to use ({cause}); pass --device cpu")
+        if largest >= count:
+            cure = "pass --device cpu" if alone else "start fewer processes, or pass --device cpu"
+            raise ValueError(f"device={name}: GPU {largest} was asked for and {count} are visible, from 0 on; {cure}")
         return torch.device("cuda", largest if alone else place[0])
     if device.type == "mps" and not (alone and torch.backends.mps.is_available()):
         raise ValueError(f"device={name}: needs an Apple GPU and a single process; pass --device cpu")

@@ -21,7 +21,6 @@ Both styles put the begin-of-text id first, as every training document and Llama
 Shape letters: B rows of a batch, T tokens of its longest row, N tokens to score, D model width, V vocabulary.
 """
 
-import argparse
 import codecs
 import json
 import math
@@ -29,6 +28,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -38,11 +38,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from command_line import FlagParser, at_least, results_of
 from files import allow_any_text_in_output
 from hardware import fastest_dtype, keep_freed_memory, pick_device
 from json_files import parse_object, shown
 from loss import IGNORED, token_losses
 from model import Transformer
+from model_folders import find_checkpoint
 from model_utils import autocast, load_model
 from tokenizer import Tokenizer
 
@@ -299,23 +301,36 @@ def as_metrics(counts: list[float]) -> dict:
     }
 
 
-def main() -> int:
-    allow_any_text_in_output()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def check_file(path: str) -> None:
+    """Raises FileNotFoundError if there is no file at `path`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; `python load_hellaswag_dataset.py` fetches HellaSwag")
+
+
+def command_line() -> FlagParser:
+    parser = FlagParser(description=__doc__)
     words = "a checkpoint, a run directory for its newest one, or a Llama 3 in Hugging Face's layout"
     parser.add_argument("--checkpoint", required=True, help=words)
     parser.add_argument("--data", required=True, help="a jsonl file in HellaSwag's format")
-    parser.add_argument("--limit", type=int, help="score the first N rows (default: all)")
+    parser.add_argument("--limit", type=at_least(1), help="score the first N rows (default: all)")
     parser.add_argument("--style", choices=STYLES, default="gpt2", help="gpt2 or lm-eval, as above (default: gpt2)")
     parser.add_argument(
-        "--batch_tokens", type=int, default=BATCH_TOKENS, help=f"tokens computed at once (default: {BATCH_TOKENS})"
+        "--batch_tokens",
+        type=at_least(1),
+        default=BATCH_TOKENS,
+        help="tokens computed at once (default: %(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    args = parser.parse_args()
-    if args.batch_tokens < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--limit and --batch_tokens must be at least 1")
+    return parser
+
+
+def main() -> int:
+    allow_any_text_in_output()
+    args = command_line().parse_args()
     try:
-        device = pick_device(args.device)
+        device, *_ = results_of(
+            partial(pick_device, args.device), partial(find_checkpoint, args.checkpoint), partial(check_file, args.data)
+        )
         model, checkpoint = load_model(args.checkpoint, device)
         examples = load_examples(args.data, Tokenizer(vocab_size=model.config.vocab_size), args.limit, args.style)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:

@@ -16,7 +16,6 @@ of equal size. The bytes of the shards depend only on the source, the vocabulary
 last whole shard. `manifest.json` describes the folder. It is written last, so a folder with a manifest is complete.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from threads import num_cores
 
 import numpy as np
 
+from command_line import SWITCH, FlagParser, at_least
 from files import allow_any_text_in_output
 from preparation import prepare, read_mark
 from rows import ReadOptions, SourceError
@@ -37,7 +37,6 @@ SAMPLE_VOCAB_SIZE = 4096
 # Folders in data/ that other scripts expect, and their sources
 OWN_FOLDERS = {"sample": ["sample"], "fineweb-edu-10BT": ["fineweb-edu"], "hellaswag": []}
 
-MOST = 10**15  # of any number that a flag takes
 FEW_TOKENS = 8192  # of a validation shard: its loss would be mostly noise
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 WINDOW = 100  # tokens in each window of text that --stats shows
@@ -145,8 +144,8 @@ def stats(folder: str | Path) -> str:
     return "\n".join(lines)
 
 
-def read_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line() -> FlagParser:
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add(
         "--source",
@@ -158,7 +157,13 @@ def read_flags() -> argparse.Namespace:
     add("--text_column", default="text", help="column or key that holds the text (default: text)")
     add("--encoding", help="of .txt, .csv and JSON files (default: what a byte order mark says, or UTF-8)")
     add("--document_separator", metavar="TEXT", help=r"what stands between documents in .txt files; \n is a line end")
-    add("--skip_bad_rows", type=int, default=0, metavar="N", help="skip and report up to N broken rows (default: 0)")
+    add(
+        "--skip_bad_rows",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="skip and report N broken rows (default: 0)",
+    )
     add(
         "--val_fraction",
         type=float,
@@ -168,26 +173,18 @@ def read_flags() -> argparse.Namespace:
     add("--val_source", nargs="+", help="separate documents for validation, named as in --source")
     add("--out_dir", help="folder for the shards (default: data/ and the source's name)")
     add("--vocab_size", type=int, help="number of ids, 512 to 128256 (default: 128256; the sample: 4096)")
-    add("--shard_size", type=int, help="tokens in a shard (default: 100 million; the sample: 131072)")
-    add("--max_tokens", type=int, help="stop after the document that reaches this many tokens (default: all)")
-    add("--num_proc", type=int, default=num_cores(), help="worker processes (default: one a core)")
-    add("--stream", action="store_true", help="read the hub's files over the network, without a copy on the disk")
-    add(
-        "--verify", action="store_true", help="only check every hash and id of --out_dir; exit status 1 if one is wrong"
-    )
-    add("--stats", action="store_true", help="only show the lengths and some text of --out_dir's documents")
-    args = parser.parse_args()
-    for name, least in (("shard_size", 1), ("max_tokens", 1), ("num_proc", 1), ("skip_bad_rows", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
-        if getattr(args, name) is not None and getattr(args, name) > MOST:
-            parser.error(f"--{name} {getattr(args, name)}: must be at most {MOST:,}")
-    return args
+    add("--shard_size", type=at_least(1), help="tokens in a shard (default: 100 million; the sample: 131072)")
+    add("--max_tokens", type=at_least(1), help="stop after the document that reaches this many tokens (default: all)")
+    add("--num_proc", type=at_least(1), default=num_cores(), help="worker processes (default: one a core)")
+    add("--stream", **SWITCH, help="read the hub's files over the network, without a copy on the disk")
+    add("--verify", **SWITCH, help="only check every hash and id of --out_dir; exit status 1 if one is wrong")
+    add("--stats", **SWITCH, help="only show the lengths and some text of --out_dir's documents")
+    return parser
 
 
 def main() -> int:
     allow_any_text_in_output()
-    args, began = read_flags(), time.perf_counter()
+    args, began = command_line().parse_args(), time.perf_counter()
     separator = args.document_separator
     if args.vocab_size is None:
         args.vocab_size = SAMPLE_VOCAB_SIZE if args.source == ["sample"] else 128_256

@@ -10,7 +10,6 @@ September 2026, so the rows come from the Hugging Face hub. The script writes th
 next run compares it, and so notices a change.
 """
 
-import argparse
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import SWITCH, FlagParser
 from files import allow_any_text_in_output, atomic_write, sha256_of
 from hub import GONE, error_reason, http_status, reach_hub
 from load_fineweb_dataset import SAMPLE_ROOT, SAMPLE_VOCAB_SIZE
@@ -179,14 +179,18 @@ def write_sample(data_root: str | Path, path: str | Path, vocab_size: int = SAMP
             file.write(json.dumps(row) + "\n")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line() -> FlagParser:
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--out_dir", help="folder for the file (default: data/hellaswag; the sample: data/sample)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--from", dest="source", metavar="FILE", help=f"a local copy of {FILE_NAME} or the hub's file")
-    source.add_argument("--sample", action="store_true", help="write the offline sample instead; needs no network")
-    args = parser.parse_args()
+    source.add_argument("--sample", **SWITCH, help="write the offline sample instead; needs no network")
+    return parser
+
+
+def main() -> int:
     allow_any_text_in_output()
+    args = command_line().parse_args()
     try:
         if args.sample:
             prepare(["sample"], SAMPLE_ROOT, vocab_size=SAMPLE_VOCAB_SIZE)

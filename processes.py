@@ -9,10 +9,14 @@ import itertools
 import json
 import os
 import secrets
+import signal
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from threads import num_cores
@@ -20,9 +24,11 @@ from threads import num_cores
 import torch
 import torch.distributed as dist
 
-from config import rank, world_size
+from environment import local_rank, rank, world_size
 from hardware import keep_freed_memory
 from watch import PERIOD, Watch
+
+PATIENCE = 10.0  # seconds that a refused process waits for torchrun to stop it
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,41 @@ def end_process(process: Process, cause: str) -> None:
     if dist.is_initialized() and not cause:
         sum_over_processes([0.0], process)  # no rank ends while another one still needs the store
         dist.destroy_process_group()
+
+
+def say_why(process: Process | None, cause: str) -> None:
+    """Print why this process ends.
+
+    Before the process group exists (`process` is None), all processes of a machine find the same error, so one of them
+    prints it. Later a rank may fail alone, so each prints its own.
+    """
+    if process:
+        print(f"train.py{f' [rank {process.rank}]' if process.rank else ''}: {cause}", file=sys.stderr)
+    elif file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        leave_to_torchrun(cause, Path(file))
+    elif local_rank() == 0:
+        print(f"train.py: {cause}", file=sys.stderr)
+
+
+def leave_to_torchrun(cause: str, file: Path) -> None:
+    """Let torchrun print the cause, for which the processes of a machine are refused.
+
+    torchrun reports a failed process in 30 lines, and each further one in 7 more. A message above them is easily
+    missed. The last lines of the report are what the failed process has written to its error `file`. So the first
+    process writes the cause there. The others wait until torchrun stops them, and end with status 0, because then
+    torchrun does not report them.
+    """
+    if local_rank() == 0:
+        time.sleep(PERIOD)  # in which the others get here
+        extra = {"py_callstack": f"train.py: {cause}", "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            file.write_text(json.dumps({"message": {"message": cause, "extraInfo": extra}}), encoding="utf-8")
+            return
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        time.sleep(PATIENCE)
+    # The disk is full; or this process alone is refused, and the first one is not.
+    print(f"train.py: {cause}", file=sys.stderr)
 
 
 def is_lost_connection(error: Exception) -> bool:

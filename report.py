@@ -8,7 +8,6 @@
 `report_page.html` is the page without its values. Its script draws the plots.
 """
 
-import argparse
 import html
 import json
 import math
@@ -22,6 +21,7 @@ from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
 
+from command_line import FlagParser
 from files import allow_any_text_in_output, atomic_write
 from run_folders import COLOURS, NONE, Run, kept, read_runs, smooth
 
@@ -333,14 +333,18 @@ def default_out(run_dirs: Sequence[str]) -> Path:
     return Path(run_dirs[0], "..") / f"compare_{'_'.join(names[:3] + more)}.html"
 
 
-def main() -> int:
-    allow_any_text_in_output()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line() -> FlagParser:
+    parser = FlagParser(description=__doc__)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="out_dir of a run of train.py")
     where = "report.html in RUN_DIR; of several runs compare_NAMES.html beside the first RUN_DIR"
     parser.add_argument("--out", metavar="FILE", help=f"the page (default: {where})")
     parser.add_argument("--svg", metavar="FILE", help="the loss curve alone, as a picture; no page then without --out")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    allow_any_text_in_output()
+    args = command_line().parse_args()
     try:
         if args.svg:
             picture = loss_curve_svg(args.run_dirs)

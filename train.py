@@ -1,12 +1,15 @@
 """Train a Llama 3 from scratch on one device, or on many with torchrun.
 
-    python train.py                                          one GPU, or the CPU
-    torchrun --standalone --nproc_per_node 8 train.py        a node of eight GPUs
-    python train.py --max_steps 1000 --model.dim 512         every field of the CONFIGURATION block is a flag
-    python train.py --dry_run                                what a run takes: memory, time, disk
+    python train.py                                      one GPU, or the CPU
+    torchrun --standalone --nproc_per_node 8 train.py    a node of eight GPUs
+    python train.py --max_steps 300 --model.n_layers 2   a shorter, smaller run
+    python train.py --config original --dry_run          the memory, time and disk it takes
 
-Edit the block, or pass flags. If the corpus that `data_root` names has not been prepared, a small sample model is
-trained on the Python standard library instead. That takes two to eight minutes on two CPU cores.
+Every field of the CONFIGURATION block is a flag. --config names the values that
+the other flags change: `original` is a Llama 3 of 301 million parameters on data
+that must be prepared; `sample` is a small one on the Python standard library, for
+two to eight minutes on two CPU cores. The default is the original where its data
+is prepared, and else the sample.
 """
 
 import math
@@ -27,8 +30,9 @@ from torch import Tensor, nn
 
 import hellaswag_utils
 from checkpoints import CheckpointSaver, TrainState, mark_best, ways_back
-from config import Config, config_as_dict, local_device, local_rank, read_config, world_size
+from config import Config, config_as_dict, local_device
 from dry_run import dry_run
+from environment import world_size
 from evaluation import draw_samples, score_hellaswag, validate
 from files import FolderLocked, allow_any_text_in_output, let_output_fail
 from model import ModelConfig, Transformer, document_positions
@@ -42,6 +46,7 @@ from processes import (
     end_process,
     is_lost_connection,
     run_on_rank_zero,
+    say_why,
     share_loss_and_stop,
     start_process,
 )
@@ -49,6 +54,7 @@ from profiling import start_profiler
 from records import write_report_or_say_why
 from resuming import begin, open_records
 from rows import SourceError
+from run_config import read_config
 from run_data import RunData, describe, open_data
 from run_lock import RunLock
 from wandb_log import finish_after_error
@@ -111,8 +117,8 @@ ORIGINAL = Config(
     model=ModelConfig(dim=768, n_layers=16, n_heads=16, n_kv_heads=8, vocab_size=128_256, max_seq_len=1024),
 )
 
-# A Llama 3 of 3 million parameters on the source of the Python standard library, for minutes on a laptop. It is trained
-# where the data of ORIGINAL has not been prepared. Fields that are not named here are those of ORIGINAL.
+# A Llama 3 of 3 million parameters on the source of the Python standard library, for minutes on a laptop. Fields that
+# are not named here are those of ORIGINAL.
 SAMPLE = replace(
     ORIGINAL,
     data_root="data/sample",
@@ -137,6 +143,9 @@ SAMPLE = replace(
     generate_tokens=100,
     model=ModelConfig(dim=192, n_layers=4, n_heads=3, n_kv_heads=1, vocab_size=4096, multiple_of=64, max_seq_len=128),
 )
+
+# `--config NAME` takes one of these. Without it: original where its data is prepared, else sample.
+CONFIGS = {"original": ORIGINAL, "sample": SAMPLE}
 
 # ============================== END CONFIGURATION ==============================
 
@@ -197,8 +206,8 @@ def update(
     return done
 
 
-def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
-    """The run; returns the exit status."""
+def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str]) -> int:
+    """The run; returns the exit status. It prints the `notes` when nothing can be refused any more."""
     torch.manual_seed(cfg.seed)
     data = open_data(cfg, SAMPLE, process)
     bare_model = place_model(Transformer(cfg.model), process.device)
@@ -215,7 +224,7 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver) -> int:
     run_on_rank_zero(partial(state.check_room, saver.folder, cfg), process)
     model = wrap_model(bare_model, optimizers, cfg, process)  # trains the parameters of bare_model
     records = open_records(state, start, cfg, process)
-    process.print(describe(cfg, process, data, records))
+    process.print(*notes, describe(cfg, process, data, records), sep="\n")
 
     accumulation, bos_id = data.windows.layout.accumulation, data.tokenizer.bos_id
     batches = data.windows.batches(state.step, cfg.max_steps, process.device)
@@ -334,7 +343,7 @@ def due_at(step: int, cfg: Config) -> set[str]:
     return due | ({"val_loss"} if step == cfg.max_steps else set())
 
 
-def run(cfg: Config, process: Process) -> int:
+def run(cfg: Config, process: Process, notes: list[str]) -> int:
     """Train in `out_dir`, where no other run may be. Returns the exit status."""
     compare_ranks(config_as_dict(cfg), process)
     lock = RunLock(cfg.out_dir)
@@ -343,7 +352,7 @@ def run(cfg: Config, process: Process) -> int:
         process.watch.chores.append(lock.beat)
         with CheckpointSaver(Path(cfg.out_dir) / "checkpoints", cfg.keep_checkpoints) as saver:
             process.watch.before_end = saver.wait
-            return train(cfg, process, saver)
+            return train(cfg, process, saver, notes)
     finally:
         lock.release()
 
@@ -352,11 +361,11 @@ def main() -> int:
     """Read the flags, train, and turn errors into a sentence and an exit status."""
     allow_any_text_in_output()
     let_output_fail()
-    process, status, cause, is_said = None, 1, "", False
+    process, status, cause, is_said, notes = None, 1, "", False, []
     try:
-        cfg = read_config(sys.argv[1:], ORIGINAL, SAMPLE, description=__doc__)
+        cfg = read_config(sys.argv[1:], CONFIGS, __doc__, say=notes.append)
         process = start_process(local_device(cfg.device), cfg.timeout)
-        status = dry_run(cfg, process, update) if cfg.dry_run else run(cfg, process)
+        status = dry_run(cfg, process, update, notes) if cfg.dry_run else run(cfg, process, notes)
     except (ValueError, OSError, MemoryError, SourceError, FolderLocked) as error:
         cause = str(error)
     except torch.OutOfMemoryError as error:
@@ -371,10 +380,8 @@ def main() -> int:
         else:
             cause = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-    # Before the process group exists, all ranks of a machine find the same error, so one of them prints it. Later a
-    # rank may fail alone, so each prints its own.
-    if cause and not is_said and (process or local_rank() == 0):
-        print(f"train.py{f' [rank {process.rank}]' if process and process.rank else ''}: {cause}", file=sys.stderr)
+    if cause and not is_said:
+        say_why(process, cause)
     if process:
         end_process(process, cause)
     finish_after_error()

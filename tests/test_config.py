@@ -1,12 +1,11 @@
-"""config.py: what is refused, and which configuration is in force. test_train.py has the command line."""
+"""config.py: what is refused. test_run_config.py has the flags, test_train.py the command line."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
-from config import ORDERS, REFUSALS, Config, config_errors, read_config
-from flags import split_flags
+from config import REFUSALS, config_errors
 from train import ORIGINAL, SAMPLE
 
 CPU = replace(SAMPLE, device="cpu", dtype="float32")
@@ -40,39 +39,3 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name_and_value(name, valu
 def test_only_the_culprit_is_named():
     assert len(config_errors(replace(CPU, top_p=2.0))) == 1
     assert len(config_errors(replace(CPU, max_lr=-1.0, seed=-1))) == 2
-
-
-def test_every_field_has_a_meaning_that_help_shows(capsys):
-    with pytest.raises(SystemExit):
-        read_config(["--help"], ORIGINAL, SAMPLE)
-    shown = capsys.readouterr().out
-    for field in fields(Config):
-        assert f"--{field.name}" in shown or f"--{field.name}." in shown, field.name
-
-
-def test_reading_flags_changes_neither_configuration(tmp_path, monkeypatch):
-    """A second call in one process must not see the flags of the first."""
-    monkeypatch.chdir(tmp_path)
-    before = replace(ORIGINAL), replace(SAMPLE)
-    cfg = read_config(["--device", "cpu", "--max_steps", "3"], ORIGINAL, SAMPLE)
-    assert cfg.max_steps == 3 and cfg.data_root == SAMPLE.data_root and cfg.dtype != "auto"
-    assert before == (ORIGINAL, SAMPLE)
-
-
-@pytest.mark.parametrize(
-    ("args", "spelled_out"),
-    [
-        ([], []),
-        (["--dry_run"], ["--dry_run", "True"]),
-        (["--dry_run", "--seed", "1"], ["--dry_run", "True", "--seed", "1"]),
-        (["--dry_run", "False"], ["--dry_run", "False"]),
-    ],
-)
-def test_an_order_may_stand_without_a_value(args, spelled_out):
-    assert [word for flag in split_flags(args, ORDERS) for word in flag.words] == spelled_out
-
-
-def test_no_flags_at_all_are_the_sample_where_nothing_is_prepared(tmp_path, monkeypatch):
-    """The README's first line."""
-    monkeypatch.chdir(tmp_path)
-    assert read_config([], ORIGINAL, SAMPLE).data_root == SAMPLE.data_root

@@ -18,10 +18,11 @@ import torch
 import dry_run
 import records
 import train
-from config import config_as_dict, read_config
+from config import config_as_dict
 from model import Transformer
 from preparation import prepare
 from processes import Process
+from run_config import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -74,7 +75,7 @@ def words(fields: dict) -> list[str]:
 
 
 def tiny_config(**changes) -> train.Config:
-    cfg = read_config(words(TINY), train.ORIGINAL, train.SAMPLE)
+    cfg = read_config(words(TINY), train.CONFIGS)
     return replace(cfg, **changes)
 
 
@@ -266,7 +267,7 @@ def test_a_disk_that_is_too_small_is_named(monkeypatch, capsys):
     ],
 )
 def test_the_flag_works_with_and_without_a_value(flags, value):
-    cfg = read_config([*words(TINY), *flags], train.ORIGINAL, train.SAMPLE)
+    cfg = read_config([*words(TINY), *flags], train.CONFIGS)
     assert cfg.dry_run is value
     assert config_as_dict(cfg) == config_as_dict(tiny_config(max_steps=cfg.max_steps))
     assert "dry_run" not in config_as_dict(cfg)

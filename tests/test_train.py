@@ -46,11 +46,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluation
 import train
-from config import read_config
 from dataloaders import BatchLayout, validation_batches
 from generate import complete
 from model_utils import load_model
 from preparation import prepare
+from run_config import read_config
 from shards import TokenStream
 from tokenizer import Tokenizer
 
@@ -977,7 +977,7 @@ def test_all_bad_fields_are_named_at_once_with_value_and_cure(flags_for, tmp_pat
 def test_total_batch_must_fit_batch_sequence_and_world_size(flags_for, tmp_path, monkeypatch):
     """192 tokens are 3 micro-steps of 2 x 32 on one process. On two processes they are one and a half."""
     flags = flags_for(tmp_path / "run", total_batch_size=192)
-    assert read_config(flags, train.ORIGINAL, train.SAMPLE).total_batch_size == 192
+    assert read_config(flags, train.CONFIGS).total_batch_size == 192
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     result = train_here(flags)
@@ -1028,7 +1028,7 @@ def test_weights_are_cast_once_for_all_micro_steps_of_an_update(flags_for, tmp_p
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_dtype_auto_is_bfloat16_only_where_the_hardware_multiplies_it(flags_for, tmp_path, monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
-    cfg = read_config(flags_for(tmp_path / "run", dtype="auto"), train.ORIGINAL, train.SAMPLE)
+    cfg = read_config(flags_for(tmp_path / "run", dtype="auto"), train.CONFIGS)
     assert cfg.dtype == ("bfloat16" if has_bf16 else "float32")
 
 

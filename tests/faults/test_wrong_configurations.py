@@ -20,11 +20,12 @@ import torch
 
 import config
 import train
-from config import config_errors, read_config
+from config import config_errors
 from environment import PLACE, TASKS
 from model import ModelConfig, Transformer
 from model_folders import write_model
-from train import ORIGINAL, SAMPLE
+from run_config import read_config
+from train import CONFIGS, SAMPLE
 
 pytestmark = pytest.mark.faults
 
@@ -77,7 +78,7 @@ def refusal(words: list[str]) -> list[str]:
     """The lines of the message that refuses a command line."""
     before = tree()
     with pytest.raises(ValueError) as error:
-        read_config(words, ORIGINAL, SAMPLE)
+        read_config(words, CONFIGS)
     assert tree() == before
     return str(error.value).splitlines()
 
@@ -91,7 +92,7 @@ def assert_lines(lines: list[str], expected: list[str]) -> None:
 
 def test_the_configuration_that_the_cases_change_has_no_error():
     before = tree()
-    assert read_config(command_line(""), ORIGINAL, SAMPLE).out_dir == "run"
+    assert read_config(command_line(""), CONFIGS).out_dir == "run"
     assert tree() == before
 
 
@@ -123,7 +124,6 @@ WRONG_FLAGS = {
     "--out_dir my run": "out_dir=my run: must be one text, in quotes if it has spaces",
     "--max_lr": "max_lr: has no value; it must be a number",
     "--max_lr --seed 3": "max_lr: has no value; it must be a number",
-    "--wandb_artifact": "wandb_artifact: has no value; it must be True or False",
     "--seed 1 --seed 2": "seed=1 and 2: given 2 times; give it once",
     "--max-lr 1 --max_lr=1": "max_lr=1 and 1: given 2 times; give it once",
     "--prompts a --prompts b": "prompts=a and b: given 2 times; give it once",
@@ -143,7 +143,7 @@ WRONG_TYPES = {
     "--dtype float16": "dtype=float16: must be auto or bfloat16 or float32",
     "--compile maybe": "compile=maybe: must be True or False or auto",
     "--wandb_artifact yes": "wandb_artifact=yes: must be True or False",
-    "--document_mask 1": "document_mask=1: must be True or False",
+    "--document_mask 2": "document_mask=2: must be True or False",
     "--dry_run perhaps": "dry_run=perhaps: must be True or False",
     "--model.dim 0x10": "model.dim=0x10: must be a whole number",
     "--model.dim 3.5": "model.dim=3.5: must be a whole number",
@@ -186,7 +186,7 @@ WRONG_VALUES = {
     "--device ''": f"device=: {DEVICES}",
     "--device cuda:1000": f"device=cuda:1000: {DEVICES}",
     "--device cpu:3": f"device=cpu:3: {DEVICES}",
-    "--device cuda:99": "device=cuda:99: GPU 99 was asked for and ",
+    "--device cuda:99": "device=cuda:99: there is no GPU to use (",
     "--device mps": "device=mps: needs an Apple GPU and a single process; pass --device cpu",
 }
 WRONG_MODELS = {
@@ -234,9 +234,8 @@ WRONG_PATHS = {
     "--init_from nowhere": "init_from=nowhere: nowhere: no checkpoint there; give a run directory",
     "--init_from nested/model --model.dim 64": "model.dim=64: nested/model has 32; leave the flag out",
     "--resume runs/nowhere": f"resume=runs/nowhere: {NO_FOLDER}",
-    "--resume true": f"resume=true: {NO_FOLDER}",
     "--resume yes": f"resume=yes: {NO_FOLDER}",
-    "--resume 1": f"resume=1: {NO_FOLDER}",
+    "--resume 2": f"resume=2: {NO_FOLDER}",
     "--resume ''": f"resume=: {NO_FOLDER}",
 }
 CASES = WRONG_FLAGS | WRONG_TYPES | WRONG_VALUES | WRONG_MODELS | WRONG_PATHS
@@ -250,22 +249,22 @@ def test_a_wrong_configuration_is_refused_in_one_sentence(flags):
 def test_values_that_look_wrong_and_are_not_go_through():
     """A text may begin with "-" behind "=". A folder may be called true. Hyphens are right too."""
     Path("true").mkdir()
-    words = command_line("--prompts=-a --resume true --max-steps=5 --muon_lr=1e-3 --save_every 0 --warmup_steps 715")
-    cfg = read_config(words, ORIGINAL, SAMPLE)
-    assert (cfg.prompts, cfg.resume, cfg.max_steps, cfg.muon_lr) == (("-a",), "true", 5, 1e-3)
+    words = command_line("--prompts=-a --resume ./true --max-steps=5 --muon_lr=1e-3 --save_every 0 --warmup_steps 715")
+    cfg = read_config(words, CONFIGS)
+    assert (cfg.prompts, cfg.resume, cfg.max_steps, cfg.muon_lr) == (("-a",), "./true", 5, 1e-3)
     cfg = read_config(
         command_line("--prompts '' '- a' --resume best --dry_run --allow-config-change"), ORIGINAL, SAMPLE
     )
     assert (cfg.prompts, cfg.resume, cfg.dry_run, cfg.allow_config_change) == (("", "- a"), "best", True, True)
     largest = f"--seed {2**63 - 1} --model.ffn_dim_multiplier None --timeout 2000000"
-    cfg = read_config(command_line(largest), ORIGINAL, SAMPLE)
+    cfg = read_config(command_line(largest), CONFIGS)
     torch.manual_seed(cfg.seed)
     timedelta(seconds=cfg.timeout)
 
 
 def test_an_order_takes_true_or_false_or_nothing():
-    assert read_config(command_line("--dry_run False --seed 5"), ORIGINAL, SAMPLE).dry_run is False
-    assert_lines(refusal(command_line("--dry_run true")), ["dry_run=true: must be True or False"])
+    assert read_config(command_line("--dry_run False --seed 5"), CONFIGS).dry_run is False
+    assert_lines(refusal(command_line("--dry_run 2")), ["dry_run=2: must be True or False"])
 
 
 # ---------------------------------------------------------------- the place of the process
@@ -336,7 +335,7 @@ def test_a_process_without_a_place_is_refused(variables, expected, monkeypatch):
 def test_a_place_that_torchrun_gives_is_taken_and_so_is_a_process_alone(variables, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert read_config(command_line(""), ORIGINAL, SAMPLE).out_dir == "run"
+    assert read_config(command_line(""), CONFIGS).out_dir == "run"
 
 
 @pytest.mark.parametrize("processes", [*range(1, 9), 11, 16, 33, 100])
@@ -369,7 +368,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(flags, processes, ex
     [line] = refusal(command_line(flags))
     assert line.startswith(expected)
     would_do = int(line.removesuffix(" would do").rpartition(" ")[2])
-    assert read_config(command_line(f"{flags.partition('--total')[0]} --total_batch_size {would_do}"), ORIGINAL, SAMPLE)
+    assert read_config(command_line(f"{flags.partition('--total')[0]} --total_batch_size {would_do}"), CONFIGS)
 
 
 # ---------------------------------------------------------------- several problems at once
@@ -428,8 +427,8 @@ def test_all_problems_stand_in_one_message(flags):
 
 def test_a_wrong_place_does_not_hide_the_other_problems(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "abc")
-    lines = refusal(command_line("--max_lrr 1 --top_p 2 --resume true"))
-    assert_lines(lines, ["WORLD_SIZE=abc: ", "--max_lrr 1: ", "top_p=2.0: ", "resume=true: "])
+    lines = refusal(command_line("--max_lrr 1 --top_p 2 --resume yes"))
+    assert_lines(lines, ["WORLD_SIZE=abc: ", "--max_lrr 1: ", "top_p=2.0: ", "resume=yes: "])
 
 
 def test_the_sample_is_checked_too_where_nothing_is_prepared(capsys):
@@ -437,8 +436,8 @@ def test_the_sample_is_checked_too_where_nothing_is_prepared(capsys):
     lines = refusal(shlex.split("--hellaswag_path nowhere.jsonl --device cpu --max_lr abc"))
     assert_lines(lines, [f"hellaswag_path=nowhere.jsonl: {NO_ROWS}", WRONG_TYPES["--max_lr abc"]])
     assert capsys.readouterr() == ("", "")
-    assert read_config(["--device", "cpu"], ORIGINAL, SAMPLE).data_root == SAMPLE.data_root
-    assert "Training the sample configuration instead" in capsys.readouterr().out
+    assert read_config(["--device", "cpu"], CONFIGS).data_root == SAMPLE.data_root
+    assert capsys.readouterr().out == SAMPLE_NOTE
 
 
 def test_a_folder_that_refuses_files_is_found_without_its_mode_bits(monkeypatch):
@@ -493,13 +492,13 @@ def test_train_py_prints_the_message_and_ends_with_status_1(flags):
 @pytest.mark.parametrize(
     ("port", "said"),
     [
-        ("29500", ["--max_lrr 1: no", "top_p=2.0: ", "resume=true: "]),
+        ("29500", ["--max_lrr 1: no", "top_p=2.0: ", "resume=yes: "]),
         ("", ["WORLD_SIZE=2: MASTER_PORT must", "--max_lrr 1"]),
     ],
 )
 def test_two_processes_are_refused_before_any_process_group(port, said):
     """The message is the same on both, so the first one alone prints it."""
-    before, words = tree(), command_line("--max_lrr 1 --top_p 2 --resume true")
+    before, words = tree(), command_line("--max_lrr 1 --top_p 2 --resume yes")
     ranks = [TORCHRUN | {"RANK": str(n), "LOCAL_RANK": str(n), "MASTER_PORT": port} for n in range(2)]
     processes = [start(words, variables) for variables in ranks]
     results = [process.communicate(timeout=60) for process in processes]
@@ -525,7 +524,7 @@ def test_a_process_with_an_impossible_place_does_not_end_in_silence(variables, m
 
 def test_help_goes_on_to_be_printed_even_beside_wrong_flags(capsys):
     with pytest.raises(SystemExit) as end:
-        read_config(["--max_lrr", "1", "--help"], ORIGINAL, SAMPLE)
+        read_config(["--max_lrr", "1", "--help"], CONFIGS)
     assert end.value.code == 0
     printed = capsys.readouterr()
     assert "--max_lr" in printed.out and printed.err == ""
