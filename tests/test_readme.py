@@ -150,9 +150,7 @@ def takers(flag: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in commands(README) if c.startswith("python ") or c.startswith("torchrun")]
-)
+@pytest.mark.parametrize("command", [c for c in commands(README) if c.startswith(("python ", "torchrun "))])
 def test_the_flags_of_a_line_exist(command):
     if "-m " not in command:
         script, words = script_of(command)

@@ -96,7 +96,10 @@ def call(templates, tmp_path, monkeypatch, capsys):
             "to-hf": (convert_checkpoint, ["to-hf", "--checkpoint", folder, "--out", tmp_path / "out"]),
             "to-meta": (convert_checkpoint, ["to-meta", "--checkpoint", folder, "--out", tmp_path / "out"]),
             "from-meta": (convert_checkpoint, ["from-meta", "--meta", folder, "--out", tmp_path / "out"]),
-            "train": (train, ["--init_from", folder, "--device", "cpu", "--model.max_seq_len", 16]),
+            "train": (
+                train,
+                ["--config", "sample", "--init_from", folder, "--device", "cpu", "--model.max_seq_len", 16],
+            ),
         }
         module, arguments = flags[script]
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
@@ -627,8 +630,8 @@ def test_a_snapshot_of_the_hubs_cache_is_read(model, tmp_path, call):
 def test_train_begins_with_a_snapshot_of_the_hubs_cache(model, tmp_path, call, monkeypatch):
     """The loop itself is left out: reading the configuration already looks at every name and shape in the folder."""
     snapshot = as_snapshot(model, tmp_path / "cache")
-    monkeypatch.setattr(train, "run", lambda cfg, process: cfg.model.dim)
-    monkeypatch.setattr(train, "SAMPLE", train.replace(train.SAMPLE, total_batch_size=256, batch_size=16))
+    monkeypatch.setattr(train, "run", lambda cfg, process, notes: cfg.model.dim)
+    monkeypatch.setitem(train.CONFIGS, "sample", train.replace(train.SAMPLE, total_batch_size=256, batch_size=16))
     assert call("train", snapshot)[0] == CONFIG.dim
 
 

@@ -252,9 +252,7 @@ def test_values_that_look_wrong_and_are_not_go_through():
     words = command_line("--prompts=-a --resume ./true --max-steps=5 --muon_lr=1e-3 --save_every 0 --warmup_steps 715")
     cfg = read_config(words, CONFIGS)
     assert (cfg.prompts, cfg.resume, cfg.max_steps, cfg.muon_lr) == (("-a",), "./true", 5, 1e-3)
-    cfg = read_config(
-        command_line("--prompts '' '- a' --resume best --dry_run --allow-config-change"), ORIGINAL, SAMPLE
-    )
+    cfg = read_config(command_line("--prompts '' '- a' --resume best --dry_run --allow-config-change"), CONFIGS)
     assert (cfg.prompts, cfg.resume, cfg.dry_run, cfg.allow_config_change) == (("", "- a"), "best", True, True)
     largest = f"--seed {2**63 - 1} --model.ffn_dim_multiplier None --timeout 2000000"
     cfg = read_config(command_line(largest), CONFIGS)
@@ -437,7 +435,7 @@ def test_the_sample_is_checked_too_where_nothing_is_prepared(capsys):
     assert_lines(lines, [f"hellaswag_path=nowhere.jsonl: {NO_ROWS}", WRONG_TYPES["--max_lr abc"]])
     assert capsys.readouterr() == ("", "")
     assert read_config(["--device", "cpu"], CONFIGS).data_root == SAMPLE.data_root
-    assert capsys.readouterr().out == SAMPLE_NOTE
+    assert capsys.readouterr().out.startswith("configuration: sample; `python load_fineweb_dataset.py` prepares")
 
 
 def test_a_folder_that_refuses_files_is_found_without_its_mode_bits(monkeypatch):
