@@ -37,7 +37,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The one of the `known` names that `name` was meant to be; "" if none is near. --max_l is near to --max_lr."""
     name = name.lower().replace("-", "_").lstrip("_")
     by_spelling = {other.lstrip("-").replace("-", "_"): other for other in known}
-    found = get_close_matches(name, by_spelling, n=1) or [other for other in by_spelling if other.startswith(name)]
+    found = get_close_matches(name, by_spelling, n=1)
+    if not found and len(name) > 1:
+        found = [other for other in by_spelling if other.startswith(name)]
     return by_spelling[found[0]] if found else ""
 
 
@@ -106,12 +108,13 @@ class FlagParser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | settings)
-        self.problems: dict[str, str] = {}  # a sentence by the name of the flag that it is about
+        self.problems: dict[str, str] = {}  # of the last call: a sentence by the flag that it is about
         self.meant: set[str] = set()  # the flags that others were taken to be
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse all of `args`; a subcommand's parser gets what stands behind its name. Nothing is left over."""
         words, known = [], self._option_string_actions
+        self.problems, self.meant = {}, set()
         args = sys.argv[1:] if args is None else list(args)
         for place, word in enumerate(args):
             name = word.partition("=")[0]

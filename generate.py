@@ -1,8 +1,8 @@
 """Continue a text with the model of a checkpoint, in a terminal. The text comes token by token.
 
-python generate.py --checkpoint runs/sample --prompt "def main("
-python generate.py --checkpoint runs/sample                                  asks for prompts, one after another
-echo "def main(" | python generate.py --checkpoint runs/sample > text.txt    reads the prompt from standard input
+    python generate.py --checkpoint runs/sample --prompt "def main("
+    python generate.py --checkpoint runs/sample                                  asks for prompts, one after another
+    echo "def main(" | python generate.py --checkpoint runs/sample > text.txt    reads the prompt from standard input
 
 Only text goes to standard output. The speed and all messages go to standard error.
 """

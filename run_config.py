@@ -158,7 +158,9 @@ def read_config(
     if cfg.init_from:
         cfg, found = with_model_of(cfg, given)
         errors += found
-    errors += [*vocabulary_errors(cfg, configs), *path_errors(cfg), *config_errors(cfg)]
+    if "model.vocab_size" not in wrong:
+        errors += vocabulary_errors(cfg, configs)
+    errors += [*path_errors(cfg), *config_errors(cfg)]
     # The field of a flag that cannot be read still has its default, so a sentence with that value would mislead.
     fields = "|".join(re.escape(field.rpartition(".")[2]) for field in wrong if field) or "(?!)"
     errors = [error for error in errors if not re.search(rf"(^|[ .])({fields})=", error)]

@@ -2,14 +2,14 @@
 
     python train.py                                      one GPU, or the CPU
     torchrun --standalone --nproc_per_node 8 train.py    a node of eight GPUs
-    python train.py --max_steps 300 --model.n_layers 2   a shorter, smaller run
-    python train.py --config original --dry_run          the memory, time and disk it takes
+    python train.py --max_steps 300 --model.n_layers 2   shorter and smaller
+    python train.py --config original --dry_run          what it takes
 
-Every field of the CONFIGURATION block is a flag. --config names the values that
-the other flags change: `original` is a Llama 3 of 301 million parameters on data
-that must be prepared; `sample` is a small one on the Python standard library, for
-two to eight minutes on two CPU cores. The default is the original where its data
-is prepared, and else the sample.
+Every field of the CONFIGURATION block is a flag. --config names the values
+that the other flags change: `original` is a Llama 3 of 301 million parameters
+on data that must be prepared; `sample` is a small one on the Python standard
+library, for two to eight minutes on two CPU cores. The default is the original
+where its data is prepared, and else the sample.
 """
 
 import math

@@ -58,9 +58,9 @@ def test_no_script_takes_an_abbreviation_or_a_typo_and_each_names_the_flag_that_
     flags = ["--checkpoint", "--out", "--dtype"] if script == "convert_checkpoint" else list(flags_of(parser))
     for flag in flags:
         for typo in (flag[:-1], f"{flag}s", flag[1:], flag.replace("_", "-")):
-            if typo not in flags:
+            if typo not in flags and sum(other.startswith(typo) for other in flags) < 2:  # --top_ may be either
                 [line] = refusal(parser, [*SCRIPTS[script], f"{typo}=1"], capsys)[:1]
-                line = line.removeprefix(f"{script}.py to-hf: ")
+                line = line.removeprefix(f"{parser.prog} to-hf: ")
                 assert line == f"{typo}=1: no such flag; did you mean {flag}?"
 
 

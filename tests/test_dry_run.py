@@ -214,14 +214,14 @@ def out_of_memory_above(largest: int):
 
 def test_the_largest_batch_size_that_fits_is_named(capsys):
     """512 tokens are 16 sequences, so 5, 6 and 7 do not divide an update."""
-    assert dry_run.dry_run(tiny_config(), ALONE, out_of_memory_above(7)) == 1
+    assert dry_run.dry_run(tiny_config(), ALONE, out_of_memory_above(7), []) == 1
     out = capsys.readouterr().out
     assert "--batch_size 8 does not fit" in out and "--batch_size 4 does" in out
     assert "gradients" in out and "\ntime" not in out
 
 
 def test_a_model_that_never_fits_is_said_so(capsys):
-    assert dry_run.dry_run(tiny_config(), ALONE, out_of_memory_above(0)) == 1
+    assert dry_run.dry_run(tiny_config(), ALONE, out_of_memory_above(0), []) == 1
     assert "not even --batch_size 1" in capsys.readouterr().out
 
 
@@ -247,7 +247,7 @@ def test_a_batch_that_leaves_no_margin_does_not_fit(monkeypatch):
 
 def test_a_disk_that_is_too_small_is_named(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    assert dry_run.dry_run(tiny_config(), ALONE, train.update) == 1
+    assert dry_run.dry_run(tiny_config(), ALONE, train.update, []) == 1
     assert "--keep_checkpoints" in capsys.readouterr().out
 
 

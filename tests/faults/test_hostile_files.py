@@ -751,9 +751,9 @@ def test_a_report_leaves_out_lines_that_are_no_rows():
 
 COMMANDS = {
     "generate.py": ("--prompt", "a", "--checkpoint"),
-    "hellaswag_utils.py": ("--data", "rows.jsonl", "--checkpoint"),
+    "hellaswag_utils.py": ("--data", str(ROOT / "README.md"), "--checkpoint"),
     "convert_checkpoint.py": ("to-hf", "--out", "out", "--checkpoint"),
-    "train.py": ("--device", "cpu", "--init_from"),
+    "train.py": ("--config", "sample", "--device", "cpu", "--init_from"),
 }
 
 
