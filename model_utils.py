@@ -100,6 +100,8 @@ def cast_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     names = [name for name, p in model.named_parameters() if p.dim() == 2 and p.dtype != dtype and "layers." in name]
     weights = {name: model.get_parameter(name).to(dtype) for name in names}
     for weight in weights.values():
+        if weight.grad_fn is None:  # its parameter is not trained
+            continue
         # Autograd runs the newest nodes first. The casts are older than the forward pass, so without this line they
         # would all run at the end of the backward pass, and DDP could send no gradient before.
         weight.grad_fn._set_sequence_nr(2**63 - 1)

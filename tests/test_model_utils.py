@@ -106,6 +106,13 @@ def test_gradients_of_cast_weights_do_not_wait_for_the_end_of_the_backward_pass(
     ]
 
 
+def test_a_matrix_that_is_not_trained_is_cast_and_gets_no_gradient():
+    model, tokens = Transformer(TINY), torch.randint(512, (2, 16))
+    model.layers[0].attention.wq.weight.requires_grad_(False)
+    MixedPrecision(model, torch.bfloat16, [])(tokens, tokens).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == ["layers.0.attention.wq.weight"]
+
+
 def test_float32_needs_no_casts():
     assert cast_weights(Transformer(TINY), torch.float32) == {}
 
