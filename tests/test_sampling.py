@@ -1,7 +1,5 @@
 """sampling.py: compared with Hugging Face's, and with nuclei worked out by hand."""
 
-import copy
-
 import pytest
 import torch
 from test_model import hf_twin, one_thread, random_model  # noqa: F401 (one_thread is autouse)
@@ -13,8 +11,8 @@ from transformers import (
 )
 
 import sampling
-from model import KVCache
-from model_utils import place_model
+from cpu_kernels import FewRowsLinear
+from model import KVCache, Transformer
 from sampling import (
     CANDIDATES,
     Sampling,
@@ -90,8 +88,10 @@ def without_a_cache(model, prompt, count, penalty=1.0):
 @pytest.mark.parametrize("rows", [1, 4, 5, 16, 33])  # cpu_kernels.py has a product for each of these numbers of rows
 def test_with_the_kernels_of_the_cpu_the_ids_are_those_of_the_plain_layers_without_a_cache(rows, penalty):
     """The prompts have different lengths. Their rows end at the end of the context, or after 30 ids."""
-    plain = random_model(vocab_size=128, max_seq_len=48)  # 128 ids are whole slices of the output layer
-    placed = place_model(copy.deepcopy(plain), CPU)
+    placed = random_model(vocab_size=128, max_seq_len=48)  # 128 ids are whole slices of the output layer
+    assert type(placed.output) is FewRowsLinear
+    plain = Transformer(placed.config).eval()
+    plain.load_state_dict(placed.state_dict())
     generator = torch.Generator().manual_seed(1)
     lengths = [(1, 7, 20, 47)[i % 4] for i in range(rows)]
     prompts = [torch.randint(128, (length,), generator=generator).tolist() for length in lengths]
@@ -102,7 +102,7 @@ def test_with_the_kernels_of_the_cpu_the_ids_are_those_of_the_plain_layers_witho
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
 def test_a_model_that_has_been_trained_between_two_generations_gives_the_ids_of_its_new_weights(rows):
-    model = place_model(random_model(vocab_size=128), CPU)
+    model = random_model(vocab_size=128)
     prompts = (PROMPTS * 4)[:rows]
     before = generate(model, prompts, max_new_tokens=12, temperature=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -115,7 +115,7 @@ def test_a_model_that_has_been_trained_between_two_generations_gives_the_ids_of_
 
 
 def test_a_stop_token_changes_nothing_but_where_a_row_ends():
-    model = place_model(random_model(max_seq_len=32), CPU)
+    model = random_model(max_seq_len=32)
     for prompts in (PROMPTS[:1], PROMPTS[:3]):
         for settings in ({"temperature": 0}, {"temperature": 1.0, "top_p": 0.9}):
 
