@@ -22,9 +22,10 @@ from loss import product_dtype
 class FewRowsLinear(nn.Linear):
     """x @ W.T without a bias, where x (R, D) has few rows, as in a step of generation.
 
-    Such a product should take as long as reading W (F, D) takes. In float32 `functional.linear` took
-    3 times as long for one row of 128,256 logits, and 6 times for 4 rows. W @ x.T is faster for 2 to 4 rows. Other
-    numbers of rows take W in slices, as a batch of small products that the cores share.
+    Such a product should take as long as reading W (F, D) takes. In float32 `functional.linear` took 3 times as long
+    for one row of 128,256 logits, and 6 times for 4 rows. W @ x.T is fastest for 2 to 4 rows. For other numbers, up to
+    MOST_ROWS, W is read in slices, as a batch of small products that the cores share. That needs an F that is a
+    multiple of SLICE: without it one row takes `functional.linear`, and several take W @ x.T.
     """
 
     MOST_ROWS = 32

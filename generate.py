@@ -4,6 +4,8 @@
     python generate.py --checkpoint runs/sample                                  asks for prompts, one after another
     echo "def main(" | python generate.py --checkpoint runs/sample > text.txt    reads the prompt from standard input
 
+A model that was trained in bfloat16 has bfloat16 weights here if this device is fast in it, else float32 weights.
+
 Only text goes to standard output. The speed and all messages go to standard error.
 """
 
@@ -376,7 +378,7 @@ def main() -> int:
         prompt = read_prompt(args)
         device = pick_device(args.device)
         model, checkpoint = load_model(args.checkpoint, device)
-        if checkpoint.get("dtype") == "bfloat16":  # its products in training were in this dtype
+        if checkpoint.get("dtype") == "bfloat16":  # its products in training were, too
             cast_parameters(model, fastest_dtype(device))
         tokenizer = Tokenizer(vocab_size=model.config.vocab_size)
         generator = seeded(args.seed, device)
