@@ -120,7 +120,8 @@ def rows_of(table: str) -> dict[str, str]:
 
 
 def write_row(name: str, line: str) -> None:
-    """Write `line` to this machine's table, whose rows have the order of ROWS. Other tables stay as they are."""
+    """Write `line` to this machine's table. Its rows have the order of ROWS, and those that ROWS does not name are
+    dropped. Other tables stay as they are."""
     above, tables, below = read_tables()
     heading = f"{machine()}:"
     rows = rows_of(tables.get(heading, "")) | {name: line}

@@ -1,7 +1,7 @@
 """Shared by the benchmarks: worker processes that do the same work in several ways, in turns; and the peer model.
 
-A way is one method of doing a benchmark's work. Ours and the peer's take turns. Of the peer's ways only the fastest
-does: `try_ways` finds it with a short trial of each.
+A way is one method of doing a benchmark's work. The ways take turns. Where the peer has many, `try_ways` finds its
+fastest with a short trial of each, and only that one takes turns with ours.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ OUT_OF_MEMORY = 137  # the status of a Worker's process whose GPU has too little
 
 
 class WorkerEnded(SystemExit):
-    """The process of a Worker has ended. Who does not catch this ends the benchmark with its sentence."""
+    """The process of a Worker has ended. If nothing catches this, the benchmark ends with its message."""
 
     def __init__(self, status: int | None):
         super().__init__(f"a process of the benchmark ended with {status}; -9, {OUT_OF_MEMORY}: memory ran out")

@@ -69,7 +69,7 @@ def make_update(
 def ways(
     update: Callable[..., dict], names: dict[str, str], hows: Iterable[str], steps: int
 ) -> dict[str, Callable[[], dict]]:
-    """A way for each dtype and each of `hows`, keys of STANCES. `names` has the way's name, less the latter, by dtype.
+    """A way for each dtype and each of `hows`, keys of STANCES. `names` has the first part of the way's name, by dtype.
 
     A turn does `steps` updates, and the last one counts. The updates before it bring memory to the state of a long run.
     """

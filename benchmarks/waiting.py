@@ -8,8 +8,8 @@ thread. By default they spin meanwhile: they keep their cores, so that they go o
 needs a core, the slowest thread may not run, because the waiting ones hold the cores.
 
 Each way is a process with variables of the environment that OpenMP reads when torch is imported. The ways take turns,
-alone, and in every fourth turn also beside an endless loop. Figures are tokens a second, medians over the turns. The
-last column is the median over the turns of a way's speed in parts of the first way's, alone.
+alone, and in every fourth turn also beside an endless loop. Figures are tokens a second, medians over the turns. In
+each turn the speed of a way, alone, is divided by that of the first way. The last column is the median of these ratios.
 """
 
 import argparse
