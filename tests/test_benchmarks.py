@@ -83,10 +83,11 @@ def test_a_row_that_became_slower_stays_out_unless_accepted(readme, run, capsys)
 
 
 @pytest.mark.parametrize("mark", ["BEGIN", "END"])
-def test_without_its_marks_nothing_is_measured(readme, run, mark):
+def test_without_its_marks_nothing_is_measured(readme, run, mark, capsys):
     readme.write_text(readme.read_text().replace(getattr(benchmarks, mark), ""))
     with pytest.raises(SystemExit, match=r"benchmarks/README\.md needs the lines"):
         run("A", 2.0)
+    assert capsys.readouterr().out == ""  # a row that was measured is printed
 
 
 class Worker:
