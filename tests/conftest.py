@@ -19,6 +19,17 @@ def no_syncs(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
+@pytest.fixture(scope="session")
+def compiler():
+    """Leaves out a test of compiled code where torch.compile does not work, as without a C++ compiler."""
+    import torch
+
+    from hardware import can_compile
+
+    if not can_compile(torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+
+
 @pytest.fixture
 def small_batches(monkeypatch):
     """Give two documents at a time to the tokenizer. A real corpus gives two hundred."""

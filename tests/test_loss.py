@@ -197,6 +197,7 @@ def test_no_tokens_have_no_losses():
         assert token_losses(torch.zeros(0, 8), torch.zeros(16, 8), torch.zeros(shape, dtype=torch.int64)).shape == shape
 
 
+@pytest.mark.usefixtures("compiler")
 def test_the_compiled_kernel_needs_no_second_buffer_of_logits():
     logits, targets, shares = torch.randn(64, 2048), torch.randint(2048, (64,)), torch.rand(64)
     kernel = torch.compile(loss_module.losses_and_shares, dynamic=False)

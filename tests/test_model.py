@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from model import KVCache, ModelConfig, Transformer, apply_rope, document_positions, model_errors, rope_tables
-from model_utils import compile_blocks, place_model
+from model_utils import MixedPrecision, compile_blocks, place_model
 
 TINY = {
     "dim": 32,
@@ -753,18 +753,25 @@ def test_compiling_changes_neither_the_names_of_the_weights_nor_the_logits():
         assert_close(model(tokens), logits, 1e-5)
 
 
-def test_a_compiled_block_keeps_no_activation_that_is_cheap_to_compute():
-    """Of the feed-forward's three activations, SwiGLU's product is computed again from the other two."""
-    model = place_model(random_model(), torch.device("cpu"))
+@pytest.mark.usefixtures("compiler")
+def test_of_compiled_blocks_the_backward_pass_computes_swiglus_products_again_but_no_attention():
+    """A block keeps two of the feed-forward's three activations. The third is the product of these two."""
+    model = random_model()
     compile_blocks(model)
+    mixed, tokens = MixedPrecision(model, torch.bfloat16, []), random_tokens(2, 64)
+    mixed(tokens, tokens).backward()  # compiles, which calls operations too
     kept: dict[int, torch.Size] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.data_ptr()] = tensor.shape
         return tensor
 
-    tokens = random_tokens(2, 64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(tokens, tokens)
+        loss = mixed(tokens, tokens)
     wide = [shape for shape in kept.values() if shape.numel() == tokens.numel() * model.config.ffn_dim]
     assert len(wide) == 2 * model.config.n_layers
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss.backward()
+    names = [event.name for event in profile.events()]
+    assert names.count("cpu_kernels::attention_backward") == model.config.n_layers
+    assert "cpu_kernels::attention" not in names
