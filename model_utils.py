@@ -54,6 +54,7 @@ def compile_blocks(model: Transformer) -> None:
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs of the blocks again, by size
     if model.output.weight.device.type == "cpu":  # not measured on GPUs
         # Keep at most four fifths of a block's activations. The backward pass computes cheap ones again, such as norms.
+        # MixedPrecision casts the weights outside of the blocks. Cast inside, they made it compute attention again too.
         functorch_config.activation_memory_budget = 0.8
     for layer in model.layers:
         layer.compile(dynamic=False)
