@@ -1,9 +1,11 @@
 """What the machine can do: its device, the fast dtype, the peak speed, memory, and whether a compiler works."""
 
 import ctypes
+import platform
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -45,6 +47,17 @@ def pick_device(name: str, place: tuple[int, int] | None = None) -> torch.device
     if device.type not in ("cpu", "mps"):
         raise ValueError(f"device={name}: name auto, cpu, cuda, cuda:N or mps")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls the device: the name of the GPU or of the processor. Where nothing tells, its type."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    info = Path("/proc/cpuinfo")  # Linux; only x86 has the name in it
+    found = re.search(r"^model name\s*: (.+)$", info.read_text() if info.is_file() else "", re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

@@ -8,22 +8,25 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from threads import num_cores
+
 import torch
 
 from config import Config, config_as_dict
 from files import atomic_write
-from hardware import peak_flops
+from hardware import device_name, peak_flops
 from model import Transformer
 from model_folders import checkpoints_in
 from model_utils import flops_per_token
 from processes import Process, run_on_rank_zero
 from report import write_report
+from run_folders import read_about
 from run_lock import RunLock
 from wandb_log import WandbLog, start_wandb
 
@@ -211,6 +214,24 @@ def open_run_folder(cfg: Config, goes_on: bool) -> None:
         raise OSError(f"out_dir={out_dir}: cannot be written to ({error}); choose another --out_dir") from error
 
 
+def note_start(out_dir: Path, parameters: int, start: dict[str, Any]) -> None:
+    """Add a `start` to run.json: when, after which step (None: of a new run), on what. The page of the run shows them.
+
+    A file of that name that no run has written is left alone, and a printed line says so.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = out_dir / "run.json"
+    known = read_about(path)
+    if not known and os.path.lexists(path):
+        complain(f"{path}: no run has written this file, so it stays, and the page does without date and parameters")
+        return
+    earlier = [] if start["after_step"] is None else known.get("starts", [])
+    with atomic_write(path, "w") as file:
+        json.dump({"parameters": parameters, "starts": [*earlier, start]}, file, indent=1)
+
+
 class Records:
     """Writes the rows of a run into its folder and prints its lines, on rank zero alone."""
 
@@ -232,6 +253,15 @@ class Records:
         out_dir = Path(self.cfg.out_dir)
         open_run_folder(self.cfg, goes_on)
         drop_after(out_dir, last_step)
+        device = self.process.device
+        start = {
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "after_step": last_step if last_step >= 0 else None,
+            "device": device_name(device) + (f", {num_cores()} cores" if device.type == "cpu" else ""),
+            "processes": self.process.world_size,
+            "torch": torch.__version__,
+        }
+        note_start(out_dir, self.num_parameters, start)
         tensorboard = start_tensorboard(self.cfg, last_step)
         self.metrics = MetricsLog(out_dir, start_wandb(self.cfg, self.run_id), tensorboard)
 

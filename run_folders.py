@@ -7,10 +7,13 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from json_files import check_values, read_object
 
 Point = tuple[float, float, float, float]  # step, tokens trained on, seconds of training, value
 
@@ -30,6 +33,7 @@ class Run:
     name: str
     rows: list[dict]  # sorted by step
     config: dict[str, str]  # flat: "model.dim" -> "768"
+    about: dict[str, Any]  # run.json: when and on what it trained; empty if there is none
     sample: str  # the last entry of samples.txt
     is_alive: bool  # a process trains in the directory
 
@@ -85,13 +89,20 @@ class Run:
         ]
 
     def facts(self) -> dict[str, str]:
-        """State and device of the run, as text."""
+        """State, dates, device and size of the run, as text."""
         step = max((step for step, *_ in self.places if step == step), default=0)
         end = self.config.get("max_steps", "")
         state = "finished" if end == str(step) else "running when this was written" if self.is_alive else "stopped"
+        starts = [(start["time"], start["after_step"], on_what(start)) for start in self.about.get("starts", ())]
+        begun = [moment(time) for time, after, _ in starts if after is None]
+        resumes = [f"after step {after:,} on {moment(time)}" for time, after, _ in starts if after is not None]
+        often = "once" if len(resumes) == 1 else f"{len(resumes)} times, last"
         return {
             "state": f"{step:,} of {int(end):,} steps, {state}" if end.isdecimal() else f"{step:,} steps",
-            "device": self.config.get("device", NONE),
+            "started": begun[0] if begun else NONE,
+            "resumed": f"{often} {resumes[-1]}" if resumes else NONE,
+            "device": "; ".join(dict.fromkeys(device for *_, device in starts)) or self.config.get("device", NONE),
+            "parameters": f"{self.about['parameters']:,}" if starts else NONE,
         }
 
 
@@ -110,6 +121,34 @@ def read_json(text: str) -> dict:
     except (ValueError, RecursionError):  # RecursionError: nested deeper than the parser goes
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def moment(text: str) -> str:
+    """A time of ISO 8601 as people read it: "2026-01-02 03:04 UTC"."""
+    return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M %Z}".strip()
+
+
+def on_what(start: dict[str, Any]) -> str:
+    """The device of a start of run.json, and the number of processes if there were several."""
+    return start["device"] + (f", {start['processes']} processes" if start["processes"] > 1 else "")
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """run.json of a run: `parameters`, and a list of `starts`. Empty if the file is missing, damaged or another's.
+
+    A start has `time` (ISO 8601), `after_step` (None: the run was new), `device`, `processes` and `torch`.
+    """
+    try:
+        found = read_object(path)
+        check_values(found, {"parameters": int, "starts": list})
+        for start in found["starts"]:
+            check_values(start, {"time": str, "device": str, "processes": int, "torch": str})
+            if start["after_step"] is not None:
+                check_values(start, {"after_step": int})
+            moment(start["time"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found
 
 
 def with_muon(rows: list[dict], fields: dict) -> list[dict]:
@@ -132,7 +171,7 @@ def with_muon(rows: list[dict], fields: dict) -> list[dict]:
 
 
 def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
-    """Read run directories, with or without config.json and samples.txt. Raises ValueError without metrics.jsonl."""
+    """Read run directories, with or without the other files. Raises ValueError without metrics.jsonl."""
     runs, names = [], [Path(folder).resolve().name for folder in run_dirs]
     for i, folder in enumerate(map(Path, run_dirs)):
         if not (folder / "metrics.jsonl").is_file():
@@ -151,6 +190,7 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
             name=names[i] if names.count(names[i]) == 1 else str(folder),
             rows=with_muon(rows, fields),
             config={k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in fields.items()},
+            about=read_about(folder / "run.json"),
             sample=re.split(r"^===== (?=step \d+$)", samples, flags=re.MULTILINE)[-1],  # records.py heads them
             is_alive=holder.is_file() and time.time() - holder.stat().st_mtime < STALE,
         )

@@ -23,7 +23,7 @@ import threads  # noqa: F401 (it sets how the threads of workers wait)
 
 import torch
 
-from hardware import dtype_name, fastest_dtype, peak_flops
+from hardware import device_name, dtype_name, fastest_dtype, peak_flops
 from model import ModelConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,14 +37,11 @@ SHAPES = {
 def machine() -> str:
     """This machine in one line: the GPU, or the processor with its cores and the instructions that matter; the fastest
     dtype, and the torch version. all.py has a table for each such line."""
-    if DEVICE.type == "cuda":
-        words = [torch.cuda.get_device_name()]
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    words = [device_name(DEVICE)]
+    if DEVICE.type == "cpu":
         has = torch.cpu.get_capabilities()
         extensions = [extension for extension in ("avx512_bf16", "amx_bf16") if has.get(extension)]
-        words = [name, f"{os.cpu_count()} cores", torch.backends.cpu.get_cpu_capability(), *extensions]
+        words += [f"{os.cpu_count()} cores", torch.backends.cpu.get_cpu_capability(), *extensions]
     return ", ".join([*words, dtype_name(fastest_dtype(DEVICE)), f"torch {torch.__version__}"])
 
 

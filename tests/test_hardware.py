@@ -12,7 +12,7 @@ import torch
 from test_model_utils import alone, set_ranks  # noqa: F401 (alone is autouse)
 
 from config import local_device as pick_device
-from hardware import can_compile, fastest_dtype, keep_freed_memory, peak_flops
+from hardware import can_compile, device_name, fastest_dtype, keep_freed_memory, peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,6 +96,22 @@ def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
     set_ranks(monkeypatch, 1, 2)
     with pytest.raises(ValueError, match=r"device=cuda: .*fewer processes"):
         pick_device("cuda")
+
+
+def test_a_device_has_the_name_that_its_maker_gives_it(monkeypatch):
+    info = "processor\t: 0\nmodel name\t: AMD EPYC 7R13: Processor \nflags\t\t: fpu\n\nmodel name\t: another\n"
+    monkeypatch.setattr(Path, "is_file", lambda path: str(path) == "/proc/cpuinfo")
+    monkeypatch.setattr(Path, "read_text", lambda path: info)
+    assert device_name(torch.device("cpu")) == "AMD EPYC 7R13: Processor"
+    monkeypatch.setattr(Path, "read_text", lambda path: "processor\t: 0\nCPU part\t: 0xd0c\n")  # Linux on Arm
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert device_name(torch.device("cpu")) == "aarch64"
+    monkeypatch.setattr(Path, "is_file", lambda path: False)
+    monkeypatch.setattr(platform, "processor", lambda: "arm")  # macOS
+    assert device_name(torch.device("cpu")) == "arm"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert device_name(torch.device("cuda", 3)) == "GPU 3" and device_name(torch.device("mps")) == "mps"
 
 
 def test_compiler_that_fails_is_not_used(monkeypatch, capsys):

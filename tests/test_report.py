@@ -242,6 +242,61 @@ def test_the_head_says_how_far_the_run_is_and_on_what(tmp_path):
     assert state_of(page_of(run)) == "11 of 60 steps, stopped · device cuda"
 
 
+START = {"time": "2026-01-02T03:04:05+00:00", "after_step": None, "device": "AMD EPYC, 2 cores", "processes": 1}
+START |= {"torch": "2.9.0"}
+AGAIN = START | {"time": "2026-01-03T10:00:00+01:00", "after_step": 1200, "device": "NVIDIA H100", "processes": 8}
+
+
+def write_about(run, *starts, parameters=301_000_000):
+    (run / "run.json").write_text(json.dumps({"parameters": parameters, "starts": starts}))
+
+
+def test_the_head_says_when_the_run_trained_on_what_and_how_large_it_is(tmp_path):
+    run = write_run(tmp_path / "run", rows_of(11), config={"max_steps": 60, "device": "auto"})
+    begun, size = "11 of 60 steps, stopped · started 2026-01-02 03:04 UTC", "parameters 301,000,000"
+    write_about(run, START)
+    assert state_of(page_of(run)) == f"{begun} · device AMD EPYC, 2 cores · {size}"
+    devices = "device AMD EPYC, 2 cores; NVIDIA H100, 8 processes"
+    write_about(run, START, AGAIN)
+    resumed = "resumed once after step 1,200 on 2026-01-03 10:00 UTC+01:00"
+    assert state_of(page_of(run)) == f"{begun} · {resumed} · {devices} · {size}"
+    write_about(run, START, START | {"after_step": 9}, AGAIN)
+    resumed = "resumed 2 times, last after step 1,200 on 2026-01-03 10:00 UTC+01:00"
+    assert state_of(page_of(run)) == f"{begun} · {resumed} · {devices} · {size}"
+    old = write_run(tmp_path / "old", rows_of(11), config={"device": "cuda"})  # without run.json
+    summary = table_of(page_of(old, run), 1)
+    assert summary[1:6] == [
+        ["state", "11 steps", "11 of 60 steps, stopped"],
+        ["started", "–", "2026-01-02 03:04 UTC"],
+        ["resumed", "–", "2 times, last after step 1,200 on 2026-01-03 10:00 UTC+01:00"],
+        ["device", "cuda", "AMD EPYC, 2 cores; NVIDIA H100, 8 processes"],
+        ["parameters", "–", "301,000,000"],
+    ]
+
+
+WRONG_STARTS = [
+    *(START | {key: value} for key in START for value in (5.5, [], -1)),
+    *({name: value for name, value in START.items() if name != key} for key in START),
+    *(START | wrong for wrong in ({"time": "2026-13-01T00:00:00"}, {"after_step": "5"}, {"processes": True})),
+    *(None, "time", 7),
+]
+WRONG_ABOUT = [
+    *("", "{", "[]", "7", "null", "[" * 10**5, '{"name": "another program"}', '{"starts": []}', "\ud800\0"),
+    *('{"parameters": 1, "starts": {}}', '{"parameters": NaN, "starts": []}', '{"parameters": "1", "starts": []}'),
+    *(json.dumps({"parameters": 1, "starts": [START, start]}) for start in WRONG_STARTS),
+]
+
+
+@pytest.mark.parametrize("text", [*WRONG_ABOUT, None], ids=lambda text: str(text)[:20])
+def test_a_run_json_that_no_run_has_written_leaves_the_page_without_its_words(tmp_path, text):
+    run = write_run(tmp_path / "run", rows_of(11), config={"max_steps": 60, "device": "cuda"})
+    if text is None:
+        (run / "run.json").mkdir()
+    else:
+        (run / "run.json").write_bytes(text.encode(errors="surrogatepass"))
+    assert state_of(page_of(run)) == "11 of 60 steps, stopped · device cuda"
+
+
 def test_first_steps_and_a_spike_do_not_flatten_the_picture(tmp_path):
     rows = rows_of(1000)
     next(row for row in rows if row["step"] == 500 and "train_loss" in row)["train_loss"] = 80.0
@@ -346,12 +401,15 @@ def test_text_from_files_is_escaped(tmp_path):
         )
         for name in ("a", "b")
     ]
+    for folder in folders:
+        write_about(folder, START | {"device": HOSTILE})
     shown = HOSTILE.replace("\x00", "\ufffd").replace("\x1b", "\ufffd").replace("\ufffe", "\ufffd")
     for chosen in (folders[:1], folders):
         page = page_of(*chosen)
         assert not {"img", "b"} & {element.tag for element in page.iter()} and len(list(page.iter("script"))) == 2
         assert [pre.text.strip() for pre in page.iter("pre")] == [shown] * len(chosen)
         assert "<b>a" in text_of(page)
+        assert shown in (state_of(page) if len(chosen) == 1 else table_of(page, 1)[4][1])
     ET.fromstring(loss_curve_svg(folders))
 
 

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_report import BATCH, CONFIG, rows_of, write_run
+from test_report import AGAIN, BATCH, CONFIG, START, rows_of, write_about, write_run
 
 from report import write_report
 
@@ -68,6 +68,7 @@ def two(tmp_path):
     text = "===== step 500\n</script><script>document.title='broken'</script>"
     long_name = {**CONFIG, "max_lr": 1e-3, "prompts": ["a long word: " + "x" * 300]}
     one = write_run(tmp_path / "one", rows, samples=text)
+    write_about(one, START, AGAIN)
     return one, write_run(tmp_path / "other", rows_of(250), config=long_name)
 
 
@@ -107,6 +108,18 @@ def test_the_values_of_the_tables_are_those_of_the_rows(show, tmp_path):
     assert facts["validation loss, last"] == f"{losses[-1]:.4f}"
     assert facts["training loss, last"] == f"{[row['train_loss'] for row in rows if 'train_loss' in row][-1]:.4f}"
     assert facts["tokens"] == f"{rows[-1]['tokens']:,}"
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_the_head_shows_dates_device_and_parameters(show, two, viewport):
+    page = show(two[0], viewport=viewport)
+    head = page.locator("h1 + .state")
+    for words in ("500 steps", "2026-01-02 03:04 UTC", "after step 1,200", "8 processes", "parameters 301,000,000"):
+        assert words in head.inner_text()
+    assert head.bounding_box()["y"] < 100 and head.evaluate("e => e.scrollWidth <= e.clientWidth")
+    page = show(*two, viewport=viewport)
+    row = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name="parameters"))
+    assert row.locator("td").all_inner_texts() == ["301,000,000", "–"]
 
 
 def test_pointing_shows_step_tokens_and_value_of_all_runs(show, two):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from records import MetricsLog, drop_after, read_rows, recorded_at, start_tensorboard
+from records import MetricsLog, drop_after, note_start, read_rows, recorded_at, start_tensorboard
 from train import ORIGINAL
 
 
@@ -85,6 +85,32 @@ def test_samples_of_an_older_version_which_noted_no_sizes_stay_in_a_resumed_run(
     (tmp_path / "samples.txt").write_text("===== step 2\nabc\n\n")
     drop_after(tmp_path, last_step)
     assert samples_of_steps(tmp_path) == kept
+
+
+def test_run_json_lists_the_starts_of_a_run_and_begins_anew_with_a_new_one(tmp_path):
+    start = {"time": "2026-01-02T03:04:05+00:00", "device": "cpu", "processes": 1, "torch": "2.9.0"}
+    first, second, third = (start | {"after_step": after} for after in (None, 5, 9))
+
+    def starts_after(*noted):
+        for start in noted:
+            note_start(tmp_path, 1000, start)
+        return json.loads((tmp_path / "run.json").read_text())
+
+    assert starts_after(first, second, third) == {"parameters": 1000, "starts": [first, second, third]}
+    assert starts_after(first) == {"parameters": 1000, "starts": [first]}
+    (tmp_path / "run.json").unlink()  # a run of an older version has none
+    assert starts_after(second) == {"parameters": 1000, "starts": [second]}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("text", ['{"name": "another program"}', '{"parameters": 10, "star', ""])
+def test_a_run_json_that_no_run_has_written_is_left_alone(tmp_path, capsys, text):
+    (tmp_path / "run.json").write_text(text)
+    start = {"time": "2026-01-02T03:04:05+00:00", "device": "cpu", "processes": 1, "torch": "2.9.0"}
+    note_start(tmp_path, 1000, start | {"after_step": None})
+    assert (tmp_path / "run.json").read_text() == text
+    err = capsys.readouterr().err
+    assert err.startswith(f"{tmp_path / 'run.json'}: no run has written this file") and err.count("\n") == 1
 
 
 def test_tensorboard_holds_every_metric_and_the_samples(tmp_path):

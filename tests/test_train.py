@@ -19,9 +19,12 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+
+from threads import num_cores
 
 import numpy as np
 import pytest
@@ -45,9 +48,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluation
+import records
 import train
 from dataloaders import BatchLayout, validation_batches
 from generate import complete
+from hardware import device_name
 from model_utils import load_model
 from preparation import prepare
 from run_config import read_config
@@ -347,6 +352,7 @@ def resumed(whole, whole_flags, tmp_path_factory) -> Path:
     out_dir = copy_checkpoint(whole, 20, tmp_path_factory.mktemp("resumed") / "run")
     rows = (whole / "metrics.jsonl").read_text()
     (out_dir / "metrics.jsonl").write_text(rows[: rows.index('{"step": 33') + 25])
+    shutil.copy(whole / "run.json", out_dir)
     result = train_here(whole_flags(out_dir, resume=True))
     assert result.status == 0, result.err
     assert not (out_dir / "checkpoints/step_00000019").exists()
@@ -362,6 +368,13 @@ def test_metrics_of_a_resumed_run_have_each_step_once(whole, resumed):
     for field in ("train_loss", "lr", "val_loss", "hellaswag_acc"):
         figures, others = ([(row["step"], row[field]) for row in rows_of(run, field)] for run in (resumed, whole))
         assert figures == others
+
+
+def test_a_resume_is_added_to_run_json(whole, resumed):
+    old, new = (json.loads((run / "run.json").read_text()) for run in (whole, resumed))
+    assert new["parameters"] == old["parameters"] and new["starts"][:-1] == old["starts"]
+    assert new["starts"][-1]["after_step"] == 20
+    assert "resumed once after step 20 on " in (resumed / "report.html").read_text()
 
 
 def test_resumed_run_goes_on_with_the_saved_random_state(whole, whole_flags, tmp_path):
@@ -605,7 +618,7 @@ def test_best_checkpoint_has_the_lowest_validation_loss_even_after_a_resume(flag
 
 def test_run_directory_holds_the_promised_files(whole):
     names = {path.name for path in whole.iterdir()}
-    assert names >= {"config.json", "metrics.jsonl", "samples.txt", "checkpoints", "report.html"}
+    assert names >= {"config.json", "run.json", "metrics.jsonl", "samples.txt", "checkpoints", "report.html"}
     saved = {f"step_{step:08d}" for step in range(5, STEPS + 1, 5)}
     assert {path.name for path in (whole / "checkpoints").iterdir()} == saved | {"best"}
     assert not [path for path in whole.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
@@ -616,6 +629,40 @@ def test_config_json_and_checkpoint_hold_the_configuration(whole, tiny_corpus):
     assert config == checkpoint_of(whole, STEPS)["config"]
     assert config["data_root"] == str(tiny_corpus) and config["compile"] is False
     assert (config["max_steps"], config["optimizer"], config["model"]["dim"]) == (STEPS, "adamw", 32)
+
+
+def test_run_json_says_when_the_run_began_on_what_and_how_large_it_is(whole):
+    about, model = json.loads((whole / "run.json").read_text()), load_model(whole, torch.device("cpu"))[0]
+    assert about["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    [start] = about["starts"]
+    began = datetime.fromisoformat(start["time"])
+    assert began.tzinfo and 0 <= (datetime.now().astimezone() - began).total_seconds() < 3600
+    assert start["device"] == f"{device_name(torch.device('cpu'))}, {num_cores()} cores"
+    assert (start["after_step"], start["processes"], start["torch"]) == (None, 1, torch.__version__)
+    words = f"{began:%Y-%m-%d %H:%M %Z} · device {start['device']} · parameters {about['parameters']:,}<"
+    assert f"{STEPS} of {STEPS} steps, finished · started {words}" in (whole / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "pages"), [(0, ["val_loss"] * 3 + ["hellaswag_acc", "samples_end"]), (1, ["val_loss"])]
+)
+def test_the_page_is_written_after_each_evaluation_unless_it_takes_long(
+    flags_for, tmp_path, monkeypatch, seconds, pages
+):
+    """Between evaluations the clock of records.py stands still. So any page that takes time takes too much of it."""
+    clock, written = SimpleNamespace(now=0.0), []
+
+    def write_report(folders, page, *, is_end):
+        row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+        written.append(next(key for key in ("val_loss", "hellaswag_acc", "samples_end") if key in row))
+        assert (folders, page) == ([tmp_path], tmp_path / "report.html")
+        clock.now += seconds
+
+    monkeypatch.setattr(records, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(records, "write_report", write_report)
+    result = train_here(flags_for(tmp_path, max_steps=4, val_every=2, hellaswag_every=4, generate_every=4))
+    assert result.status == 0, result.err
+    assert written == [*pages, "samples_end"]  # the last one is the end's
 
 
 def test_rows_of_metrics_count_completed_steps(whole):
