@@ -136,6 +136,7 @@ def test_the_ninth_run_has_the_first_colour_and_a_dash(tmp_path):
     assert styles[8] == (COLOURS[0], DASHES[1]) and styles[16] == (COLOURS[0], DASHES[2]) and DASHES[0] == ""
     assert len(set(styles)) == 17
     assert "size: landscape" in text_of(page.find("head"))
+    assert page.find("head/title").text == text_of(next(page.iter("h1"))) == "run0, run1, run2 and 14 more"
 
 
 def linear(colour):
@@ -221,7 +222,7 @@ def test_each_plot_says_its_last_values(run, tmp_path):
     words = words_of(page)
     assert len(words) == len(PLOTS)
     assert words[3] == (
-        "sample continuations acc, of its examples; chance is 25%. "
+        "sample continuations acc, share of right answers; chance is 25%. "
         "Last values: one 26% at step 500; half 26% at step 250."
     )
     assert words[0].startswith("Loss, nats per token") and "one, validation 3.1 at step 500" in words[0]
@@ -341,6 +342,7 @@ def test_several_runs_show_where_their_configurations_differ(tmp_path):
     assert ["validation loss, best", *[f"{3 + 6 + 0.1:.4f}"] * 3] in summary
     for div in (div for div in page.iter("div") if div.get("class") == "scroll"):
         assert div.get("tabindex") == "0" and div.get("role") == "region" and div.get("aria-label")
+    assert not {"resumed", "bits per byte, last"} & {row[0] for row in summary}  # no run has a value
     same = page_of(*(write_run(tmp_path / f"same{i}", rows_of(9), config={"out_dir": str(i)}) for i in range(2)))
     assert len(list(same.iter("table"))) == 2 and "Settings that differNone.Summary" in text_of(same)
 
