@@ -273,17 +273,16 @@ def settings(runs: Sequence[Run]) -> str:
 
 
 def state(facts: dict[str, str]) -> str:
-    """The facts of a run in a line, without those that it does not have."""
+    """The facts of a run in a line, without those that it does not have. A fact that fits in a line is not broken."""
     words = [text if key == "state" else f"{key} {text}" for key, text in facts.items() if text != NONE]
-    return " · ".join(words)
+    return f'<p class="state">{" · ".join(f"<span>{escape(word)}</span>" for word in words)}</p>'
 
 
 def page_parts(runs: Sequence[Run], plots: Sequence[dict]) -> dict[str, str]:
     """What the comments of the template stand for. Several runs show first where their settings differ."""
     facts, samples = [run.facts() for run in runs], []
     if is_single := len(runs) == 1:
-        top = f'<p class="state">{escape(state(facts[0]))}</p>'
-        top += table(runs, [summary(runs[0])], "Summary")
+        top = state(facts[0]) + table(runs, [summary(runs[0])], "Summary")
     else:
         figures = [fact | summary(run) for fact, run in zip(facts, runs, strict=True)]
         top = f"{settings(runs)}<h2>Summary</h2>{table(runs, figures, 'Summary')}"
