@@ -220,6 +220,13 @@ def test_a_phone_scrolls_down_alone_and_keeps_the_first_column(show, two, tmp_pa
     page.touchscreen.tap(box["x"] + 200, box["y"] + 100)
     values = page.locator("#values").bounding_box()
     assert values["x"] >= 0 and values["x"] + values["width"] <= 390
+    assert values["height"] < 844 / 2  # also of nine runs
+
+
+def test_a_wide_screen_shows_all_columns_of_nine_runs(show, two, tmp_path):
+    page = show(*two, *(write_run(tmp_path / f"run{i}-warmup200-batch512k", rows_of(20)) for i in range(7)))
+    for table in page.locator(".scroll").all():
+        assert table.evaluate("e => e.scrollWidth <= e.clientWidth")
 
 
 def test_a_dark_screen_has_a_dark_page_and_a_printer_a_white_one(show, two):
@@ -232,6 +239,8 @@ def test_a_dark_screen_has_a_dark_page_and_a_printer_a_white_one(show, two):
     assert swatch.is_visible() and swatch.locator("path").get_attribute("stroke") == "#2578cf"
     for name in ("figure", "tr"):
         assert page.locator(name).first.evaluate("e => getComputedStyle(e).breakInside") == "avoid"
+    assert page.locator("thead").first.evaluate("e => getComputedStyle(e).display") == "table-header-group"  # repeated
+    assert page.locator("form").evaluate("e => getComputedStyle(e).breakAfter") == "avoid"
     page.set_viewport_size({"width": 718, "height": 1047})  # an A4 page without its margins
     assert page.locator("table").first.evaluate("e => e.getBoundingClientRect().right") <= 718
 
