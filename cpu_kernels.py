@@ -49,6 +49,7 @@ class FewRowsLinear(nn.Linear):
 # ---------------------------------------------------------------- attention in training
 
 SCORES = 2**20  # of a piece, unless one head has more: 4 MiB in float32, so they stay in the caches
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,11 +75,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def pieces_are_faster(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether pieces are faster than torch's kernel, by the table in benchmarks/README.md."""
+    """Whether pieces are faster than torch's kernel, by the tables in benchmarks/README.md."""
     queries, dtype = q.shape[2], product_dtype(q)
     if dtype == torch.bfloat16:
         return queries >= 32
-    return dtype == torch.float32 and queries >= 256 and (mask is not None or queries <= 1024)
+    if dtype != torch.float32:
+        return False
+    if mask is not None:
+        return queries >= (256 if HAS_AVX512 else 1024)
+    return HAS_AVX512 and 256 <= queries <= 1024
 
 
 # A compiler sees one operation here. So it can compile the block around it, and the keys that a piece reads may depend

@@ -197,15 +197,20 @@ def test_torchs_kernel_stays_where_it_is_faster_and_for_a_mask_without_gradients
     monkeypatch.setattr(model_module, "attend", lambda q, k, v, mask: calls.append("torch") or q)
     monkeypatch.setattr(cpu_kernels, "attention", lambda q, k, v, mask: calls.append("pieces") or q)
     bf16, f32, mask = torch.bfloat16, torch.float32, torch.ones(1, 1, 2000, 2000, dtype=torch.bool)
-    for dtype, T, each_mask, expected in [
-        (bf16, 31, None, "torch"),
-        (bf16, 32, None, "pieces"),
-        (bf16, 2000, mask, "pieces"),
-        (f32, 255, None, "torch"),
-        (f32, 256, None, "pieces"),
-        (f32, 2000, None, "torch"),
-        (f32, 2000, mask, "pieces"),
+    for has_avx512, dtype, T, each_mask, expected in [
+        (True, bf16, 31, None, "torch"),
+        (True, bf16, 32, None, "pieces"),
+        (True, bf16, 2000, mask, "pieces"),
+        (True, f32, 255, None, "torch"),
+        (True, f32, 256, None, "pieces"),
+        (True, f32, 256, mask, "pieces"),
+        (True, f32, 2000, None, "torch"),
+        (True, f32, 2000, mask, "pieces"),
+        (False, f32, 256, None, "torch"),
+        (False, f32, 1023, mask, "torch"),
+        (False, f32, 1024, mask, "pieces"),
     ]:
+        monkeypatch.setattr(cpu_kernels, "HAS_AVX512", has_avx512)
         q = torch.ones(1, 1, T, 2, dtype=dtype, requires_grad=True)
         attend(q, q, q, each_mask)
         assert calls == [expected], (dtype, T)
