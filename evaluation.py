@@ -40,10 +40,12 @@ def validate(
     byte_lengths = torch.from_numpy(tokenizer.token_byte_lengths())  # (V,)
     layout = BatchLayout(cfg.model.max_seq_len, cfg.batch_size, rank=process.rank, world_size=process.world_size)
     sums = [0.0, 0.0, 0.0]  # nats, tokens, bytes
+    parts = math.ceil(cfg.val_tokens / (cfg.model.max_seq_len * cfg.batch_size * process.world_size))  # or fewer
     with eager_mode(process.device, getattr(torch, cfg.dtype)):
-        for x, y in validation_batches(streams, layout, max_tokens=cfg.val_tokens):
+        for part, (x, y) in enumerate(validation_batches(streams, layout, max_tokens=cfg.val_tokens)):
             if process.stop:
                 break
+            process.progress.doing("validation", part, max(parts, part + 1))
             x = x.to(process.device)
             positions = document_positions(x, tokenizer.bos_id) if cfg.document_mask else None
             loss = model(x, y.to(process.device), positions=positions)
@@ -59,6 +61,7 @@ def score_hellaswag(
     model: Transformer, examples: Sequence[hellaswag_utils.Example], cfg: Config, process: Process
 ) -> tuple[dict[str, float], int]:
     """`hellaswag_acc` and `hellaswag_acc_norm`, shares of right answers, and `hellaswag_examples`, their number."""
+    process.progress.doing("benchmark")
     with eager_mode(process.device, getattr(torch, cfg.dtype)):
         counts = hellaswag_utils.count_correct(
             model,
@@ -88,6 +91,7 @@ def draw_samples(
         seed=cfg.seed + step,
         is_stopped=process.is_told_to_stop,
     )
+    process.progress.doing("samples")
     with eager_mode(process.device, torch.float32):
         texts = run_on_rank_zero(draw, process)
     stop = agree_on_stop(process)

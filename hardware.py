@@ -89,7 +89,7 @@ def can_compile(device: torch.device, say: Callable[[str], None] = print) -> boo
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # whatever the compiler says, training goes on without it
-        say(f"torch.compile does not work here ({type(error).__name__}); training uncompiled, which is slower")
+        say(f"torch.compile does not work here ({type(error).__name__}); training is slower")
         return False
 
 

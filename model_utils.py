@@ -36,8 +36,10 @@ def wrap_model(
     The result trains the parameters of `model`, so load a checkpoint into `model` first. Sharding over the processes
     would come here, before compiling.
     """
+    process.progress.doing("test of the compiler")
     if cfg.compile is True or (cfg.compile == "auto" and can_compile(process.device, process.print)):
         compile_blocks(model)
+        process.progress.compiles = True
         process.print("compiling; the first step takes up to a minute")
     wrapped: nn.Module = MixedPrecision(model, getattr(torch, cfg.dtype), optimizers)
     if process.world_size > 1:

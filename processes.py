@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from environment import local_rank, rank, world_size
 from hardware import keep_freed_memory
+from progress import Progress
 from watch import PERIOD, Watch
 
 PATIENCE = 10.0  # seconds that a refused process waits for torchrun to stop it
@@ -39,6 +40,7 @@ class Process:
     world_size: int
     device: torch.device
     watch: Watch | None = None
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def is_main(self) -> bool:
@@ -60,6 +62,7 @@ class Process:
         """Print on rank zero alone."""
         if self.is_main:
             print(*args, flush=True, **kwargs)
+            self.progress.said()
 
 
 def start_process(device: torch.device, timeout: int = 600) -> Process:
@@ -84,8 +87,11 @@ def start_process(device: torch.device, timeout: int = 600) -> Process:
             dist.init_process_group("gloo", timeout=limit, **place)
         else:
             dist.init_process_group("nccl", timeout=limit, device_id=device, **place)
-    process = Process(rank(), world_size(), device, Watch(rank(), world_size(), store, timeout))
-    process.watch.start()
+    watch = Watch(rank(), world_size(), store, timeout)
+    process = Process(rank(), world_size(), device, watch, Progress(watch, is_shown=rank() == 0))
+    watch.last_words = process.progress.close
+    watch.start()
+    process.progress.start()
     return process
 
 
@@ -122,7 +128,8 @@ def own_store(limit: timedelta) -> dist.Store:
 
 
 def end_process(process: Process, cause: str) -> None:
-    """Leave the other ranks: as one that is done, or as one that has failed with a `cause`."""
+    """Leave the other ranks: as one that is done, or as one that has failed with a `cause`. Print how to go on."""
+    process.progress.close()
     if cause:
         process.watch.fail(cause)
         if process.is_main and process.world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -4,11 +4,13 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -25,6 +27,7 @@ from model import Transformer
 from model_folders import checkpoints_in
 from model_utils import flops_per_token
 from processes import Process, run_on_rank_zero
+from progress import decimals, duration, short, summary, validation_words
 from report import write_report
 from run_folders import read_about
 from run_lock import RunLock
@@ -246,7 +249,8 @@ class Records:
         run_on_rank_zero(partial(self._open, last_step, goes_on), process)
         self.peak = process.world_size * peak_flops(process.device, getattr(torch, cfg.dtype))  # FLOP/s of all devices
         self.flops = flops_per_token(model)
-        self.first_step: tuple[int, float] | None = None  # its number, and the time when it was done
+        self.first_step: tuple[int, float] | None = None  # of this start: its number, and the time when it was done
+        self.since_line: list[float] = []  # seconds of the updates since the last printed one
         self.page_seconds, self.page_done = 0.0, 0.0  # what writing the page took, and when it was done
 
     def _open(self, last_step: int, goes_on: bool) -> None:
@@ -265,38 +269,48 @@ class Records:
         tensorboard = start_tensorboard(self.cfg, last_step)
         self.metrics = MetricsLog(out_dir, start_wandb(self.cfg, self.run_id), tensorboard)
 
-    def write(self, step: int, row: dict, line: str) -> None:
-        """A row of metrics.jsonl, and a printed line if `line` is not empty."""
+    def write(self, step: int, row: dict, *lines: str) -> None:
+        """A row of metrics.jsonl; and printed lines, if there are any."""
         if self.metrics:
             self.metrics.write({"step": step, "tokens": step * self.cfg.total_batch_size, **row})
-        if line:
-            self.process.print(f"step {step:>6}  {line}")
+        if lines:
+            self.process.print(f"step {step:>6}  {lines[0]}", *(f"{'':13}{line}" for line in lines[1:]), sep="\n")
 
     def training(self, step: int, seconds: float, row: dict) -> None:
         """The row of an update that took `seconds`: `row` holds train_loss, lr and grad_norm.
 
         An update that was left out has `skipped` instead of train_loss and grad_norm: how many were left out in a row.
+        The printed speed is that since the last line. The first update of a start is always printed.
         """
         tokens_per_sec = self.cfg.total_batch_size / seconds
         row = row | {"tokens_per_sec": tokens_per_sec, "mfu": tokens_per_sec * self.flops / self.peak}
-        # The first step is left out of the estimate of the time left, because it also compiles.
-        self.first_step = self.first_step or (step, time.perf_counter())
-        number, done = self.first_step
-        left = (time.perf_counter() - done) / max(1, step - number) * (self.cfg.max_steps - step)
+        self.since_line.append(seconds)
+        speed = self.cfg.total_batch_size * len(self.since_line) / sum(self.since_line)
+        loss = [f"loss {decimals(row['train_loss'], 4)}"] if "train_loss" in row else []
+        rate, is_first, left = f"{short(speed)} tokens/s", self.first_step is None, self.time_left(step)
+        self.process.progress.finished(step, [*loss, rate, *left])
         if "skipped" in row:
-            self.write(step, row, f"left out: a loss or the gradient is not finite; {row['skipped']} in a row so far")
-            return
-        line = (
-            f"loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
-            f"{tokens_per_sec:,.0f} tokens/s  mfu {row['mfu']:.0%}  {timedelta(seconds=round(left))} left"
-        )
-        self.write(step, row, line if step % self.cfg.log_every == 0 or step == self.cfg.max_steps else "")
+            self.write(step, row, f"left out: a loss or the gradient is not finite; {row['skipped']} in a row")
+        elif is_first or step % self.cfg.log_every == 0 or step == self.cfg.max_steps:
+            norm, mfu = f"norm {decimals(row['grad_norm'], 2)}", f"mfu {speed * self.flops / self.peak:.0%}"
+            self.write(step, row, "  ".join([*loss, norm, rate, mfu, *left]))
+            self.since_line.clear()
+        else:
+            self.write(step, row)
+
+    def time_left(self, step: int) -> list[str]:
+        """The time until the end, evaluations and saves included. Unknown at the first update, which also compiles."""
+        now = time.perf_counter()
+        if self.first_step is None:
+            self.first_step = step, now
+            return []
+        number, done = self.first_step
+        return [f"{duration((now - done) / (step - number) * (self.cfg.max_steps - step))} left"]
 
     def validation(self, step: int, row: dict, shares: dict[str, float]) -> None:
         """`row` is `evaluation.validate`'s. `shares` of mixed folders in the windows so far are recorded with it."""
-        line = f"validation {row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte"
-        line += "".join(f", {share:.1%} of {folder}" for folder, share in shares.items())
-        self.write(step, row | ({"data_shares": shares} if shares else {}), line)
+        lines = [f"validation {validation_words(row)}", *(f"{share:.1%} of {root}" for root, share in shares.items())]
+        self.write(step, row | ({"data_shares": shares} if shares else {}), *lines)
         self.write_page()
 
     def hellaswag(self, step: int, row: dict, name: str) -> None:
@@ -309,33 +323,52 @@ class Records:
         """`row` is `evaluation.draw_samples`'s, which is empty on all ranks but zero. The texts go to samples.txt."""
         if row and self.metrics:
             self.metrics.samples(step, step * self.cfg.total_batch_size, row["samples"])
-            text = "\n\n".join(row["samples"])
+            text = "\n\n".join(map(folded, row["samples"]))
             self.process.print(f"----- step {step}\n{text}\n-----")
             self.write_page()
 
-    def write_page(self, *, is_end: bool = False) -> None:
-        """Write report.html on rank zero, so that a run can be watched.
+    def write_page(self, *, is_end: bool = False) -> bool:
+        """Write report.html on rank zero, so that a run can be watched. Returns whether it was written.
 
         A page takes seconds to write where a run has hundreds of thousands of rows. It is left out where it would take
         more than 1% of the time, and after one that failed. The end of a run is always tried.
         """
         began = time.perf_counter()
         if self.metrics is None or (not is_end and began - self.page_done < 100 * self.page_seconds):
-            return
+            return False
+        self.process.progress.doing("report")
         is_written = write_report_or_say_why(Path(self.cfg.out_dir), is_end=is_end)
         self.page_done = time.perf_counter()
         self.page_seconds = self.page_done - began if is_written else math.inf
+        return is_written
 
-    def close(self, *, finished: bool) -> None:
-        """End the records. With `wandb_artifact` the last checkpoint of a finished run goes to Weights & Biases."""
+    def close(self, step: int, stop: int) -> None:
+        """End the records after `step`, by the signal `stop` or (0) at the end of the run, and print how it ended.
+
+        With `wandb_artifact` the last checkpoint of a finished run goes to Weights & Biases.
+        """
         if self.metrics is None:
             return
-        if not finished:  # train.py writes the page of a finished run
-            self.write_page(is_end=True)
-        checkpoints = checkpoints_in(Path(self.cfg.out_dir) / "checkpoints")
-        if finished and checkpoints and self.cfg.wandb_artifact and self.metrics.wandb:
-            self.metrics.wandb.upload(checkpoints[-1], f"{Path(self.cfg.out_dir).name}-{self.run_id}")
+        is_written, out_dir = self.write_page(is_end=True), Path(self.cfg.out_dir)
+        checkpoints = checkpoints_in(out_dir / "checkpoints")
+        if not stop and checkpoints and self.cfg.wandb_artifact and self.metrics.wandb:
+            self.metrics.wandb.upload(checkpoints[-1], f"{out_dir.name}-{self.run_id}")
+        self.process.progress.doing("wait for Weights & Biases" if self.metrics.wandb else "")
         self.metrics.close()
+        if stop:
+            place = f"after step {step}" if step else "before the first step"
+            self.process.print(f"stopped {place} by {signal.Signals(stop).name}")
+        else:
+            progress, rows = self.process.progress, read_rows(out_dir)
+            seconds = time.monotonic() - progress.began
+            self.process.print(*summary(self.cfg, rows, progress.first_step, seconds, has_report=is_written), sep="\n")
+
+
+def folded(text: str, width: int = 80) -> str:
+    """`text` in lines of at most `width` characters, for a terminal. What would move its cursor is a question mark."""
+    lines = (line.expandtabs(4) for line in text.splitlines())
+    lines = ("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+    return "\n".join(textwrap.fill(line, width, replace_whitespace=False, drop_whitespace=False) for line in lines)
 
 
 def write_report_or_say_why(out_dir: Path, *, is_end: bool = True) -> bool:

@@ -56,7 +56,7 @@ def find_start(cfg: Config) -> dict:
         return asdict(Start())
     candidates = candidates_for(cfg.resume, folder)
     if not candidates:
-        return asdict(Start(notes=[f"--resume True: {folder} holds no checkpoint, so the run starts at step 0"]))
+        return asdict(Start(notes=[f"--resume True: no checkpoint is in {folder}; the run starts at step 0"]))
     problems: dict[Path, str] = {}
     for path in candidates:
         problem = fault_of(path)
@@ -157,6 +157,7 @@ def begin(state: TrainState, cfg: Config, process: Process) -> Start:
     Raises:
         ValueError, OSError: it is not there, is damaged, or does not fit the configuration.
     """
+    process.progress.doing("reading of the checkpoint")
     start = Start(**run_on_rank_zero(partial(find_start, cfg), process))
     for note in start.notes:
         process.print(note)
@@ -171,6 +172,7 @@ def begin(state: TrainState, cfg: Config, process: Process) -> Start:
         load_weights(path, state.model)
     if not start.same_run:
         state.run_id = start.run_id
+    process.progress.doing("")
     return start
 
 
@@ -181,8 +183,8 @@ def open_records(state: TrainState, start: Start, cfg: Config, process: Process)
     last_step = state.step if start.same_run else -1
     records = Records(state.model, cfg, process, state.run_id, last_step, goes_on=start.same_run or cfg.resume is True)
     if start.changes:
-        words = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in start.changes.items())
-        records.write(state.step, {"config_change": start.changes}, f"goes on with other settings: {words}")
+        lines = [f"{name} was {old}, is {new}" for name, (old, new) in start.changes.items()]
+        records.write(state.step, {"config_change": start.changes}, "goes on with other settings:", *lines)
     return records
 
 

@@ -70,19 +70,19 @@ def prepare_sample(cfg: Config, sample: Config) -> None:
         write_sample(cfg.data_root, cfg.hellaswag_path, cfg.model.vocab_size)
 
 
-def describe(cfg: Config, process: Process, data: RunData, records: Records) -> str:
-    """The run in a line: size of the model, length of the run, shape of a step, peak of the devices."""
-    tokens = cfg.max_steps * cfg.total_batch_size
-    epochs = [
-        f"{tokens * stream.quota / BLOCK / len(stream):.2f} epochs of {len(stream):,} tokens"
-        for stream in data.windows.streams
+def describe(cfg: Config, process: Process, data: RunData, records: Records) -> list[str]:
+    """The run in a few lines: size of the model, peak of the devices, shape of a step, length of the run."""
+    layout, tokens = data.windows.layout, cfg.max_steps * cfg.total_batch_size
+    shape = f"{process.world_size} x {layout.accumulation} micro-steps x {cfg.batch_size} x {cfg.model.max_seq_len}"
+    return [
+        f"{records.num_parameters / 1e6:.1f}M parameters on {process.world_size} x {process.device}, "
+        f"peak {records.peak / 1e12:.2f} TFLOP/s",
+        f"{cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens: {shape}",
+        *(
+            f"{tokens * stream.quota / BLOCK / len(stream):.2f} epochs of {len(stream):,} tokens"
+            for stream in data.windows.streams
+        ),
     ]
-    return (
-        f"{records.num_parameters / 1e6:.1f}M parameters; {cfg.max_steps:,} steps, {' + '.join(epochs)}; "
-        f"a step is {cfg.total_batch_size:,} tokens = {process.world_size} x {process.device} x "
-        f"{data.windows.layout.accumulation} micro-steps x {cfg.batch_size} x {cfg.model.max_seq_len}; "
-        f"peak {records.peak / 1e12:.2f} TFLOP/s"
-    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ where its data is prepared, and else the sample.
 
 import math
 import os
-import signal
 import sys
 import time
 import traceback
@@ -51,7 +50,7 @@ from processes import (
     start_process,
 )
 from profiling import start_profiler
-from records import write_report_or_say_why
+from progress import SAVING
 from resuming import begin, open_records
 from rows import SourceError
 from run_config import read_config
@@ -188,6 +187,7 @@ def update(
         if is_last and accumulation > 1 and agree_on_stop(process):
             model.zero_grad(set_to_none=True)
             return None
+        process.progress.micro_step(step, micro_step, accumulation)
         x, y = (t.to(process.device, non_blocking=True) for t in next(batches))  # (B, T) each
         # DDP decides in the forward pass whether the backward pass will send gradients: once a step is enough.
         model.require_backward_grad_sync = is_last
@@ -224,13 +224,13 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str
     run_on_rank_zero(partial(state.check_room, saver.folder, cfg), process)
     model = wrap_model(bare_model, optimizers, cfg, process)  # trains the parameters of bare_model
     records = open_records(state, start, cfg, process)
-    process.print(*notes, describe(cfg, process, data, records), sep="\n")
-
+    process.print(*notes, *describe(cfg, process, data, records), sep="\n")
     accumulation, bos_id = data.windows.layout.accumulation, data.tokenizer.bos_id
     batches = data.windows.batches(state.step, cfg.max_steps, process.device)
     profiler = start_profiler(cfg.profile, Path(cfg.out_dir) / "profile", process)
     stop, skipped = agree_on_stop(process), 0
     saved = -1 if start.checkpoint and not start.same_run else state.step
+    process.progress.begin(cfg, state.step, saved)
     for step in range(state.step, cfg.max_steps + 1):
         if step > state.step and not stop:  # the first pass only evaluates
             process.watch.begin(step)
@@ -281,17 +281,11 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str
                 save(state, val_loss, cfg, data, saver, process, is_last=True)
             break
     profiler.finish()
+    process.progress.doing(SAVING)
     run_on_rank_zero(saver.finish, process)
-    run_on_rank_zero(partial(records.close, finished=not stop), process)  # it may wait for Weights & Biases
-    if stop:
-        process.print(f"stopped after step {state.step} by {signal.Signals(stop).name}; --resume True goes on there")
-        return 128 + stop
-    if run_on_rank_zero(partial(write_report_or_say_why, Path(cfg.out_dir)), process):
-        process.print(
-            f"done: {cfg.out_dir}/report.html has the plots; "
-            f"`python generate.py --checkpoint {cfg.out_dir} --prompt ...` continues a text"
-        )
-    return 0
+    process.progress.is_over = not stop
+    run_on_rank_zero(partial(records.close, state.step, stop), process)  # it may wait for Weights & Biases
+    return 128 + stop if stop else 0
 
 
 def save(
@@ -305,9 +299,11 @@ def save(
     is_last: bool,
 ) -> int:
     """Begin to save the run. `val_loss` is that of this step, or infinite. Returns the step."""
+    process.progress.doing(SAVING)
     is_best, state.best_val_loss = val_loss < state.best_val_loss, min(state.best_val_loss, val_loss)
     checkpoint = state.as_checkpoint(cfg, data.tokenizer.fingerprint)
     run_on_rank_zero(partial(saver.save, checkpoint, is_best=is_best, is_last=is_last), process)
+    process.progress.saved = state.step
     return state.step
 
 
@@ -373,7 +369,7 @@ def main() -> int:
     except RankZeroFailed:
         cause, is_said = "rank zero has failed", True  # it says why
     except KeyboardInterrupt:
-        status, cause = 130, "interrupted outside of a training step; what was saved before is whole"
+        status, cause = 130, "interrupted before the run began; nothing has changed"
     except Exception as error:
         if process and is_lost_connection(error):
             cause = f"lost the other ranks: {process.watch.failures(3)} ({str(error).splitlines()[0]})"

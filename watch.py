@@ -49,6 +49,7 @@ class Watch(threading.Thread):
         self.stop = 0  # the stop signal that this rank has heard, or another one
         self.chores: list[Callable[[], None]] = []  # what else to do once a second
         self.before_end: Callable[[], None] | None = None  # what to wait for before the watch ends the process
+        self.last_words: Callable[[], None] | None = None  # what to print when the watch ends the process
         self._own_signal = 0.0  # time of the first signal to this process
         self._record = {"host": socket.gethostname(), "pid": os.getpid(), "mark": mark_of(os.getpid()), "beat": 0}
         self._record |= {"at": "the start", "failed": ""}
@@ -136,6 +137,13 @@ class Watch(threading.Thread):
         at = [f"rank {rank} is at {record['at']}" for rank, record in sorted(self._others.items())]
         return "; ".join(found or at)
 
+    def is_first_alive(self) -> bool:
+        """Whether all ranks before this one are lost. Then this one says what is said once."""
+        if self.store is None:  # nobody knows who is alive
+            return self.rank == 0
+        now = time.monotonic()
+        return all(now - self._changed.get(rank, now) > 3 * PERIOD for rank in range(self.rank))
+
     # ------------------------------------------------------------ called by signals and in the thread
 
     def _note(self, number: int, frame: Any) -> None:
@@ -171,7 +179,13 @@ class Watch(threading.Thread):
             self._own_signal = now
         elif now - self._own_signal > PATIENCE:
             say(f"train.py: a second {signal.Signals(number).name}, so this process ends at once")
-            os._exit(128 + number)
+            self._end(128 + number)
+
+    def _end(self, status: int) -> None:
+        """End the process, whatever its main thread does."""
+        if self.last_words:
+            self.last_words()
+        os._exit(status)
 
     def _write_record(self) -> None:
         self._record["beat"] += 1
@@ -209,7 +223,7 @@ class Watch(threading.Thread):
         if now > self._end_at:  # the main thread waits for what will not come
             if self.before_end:
                 self.before_end()
-            os._exit(1)
+            self._end(1)
 
     def _failed(self, silence: float) -> list[str]:
         """A sentence for each rank that has failed, or has given no sign of life for `silence` seconds."""

@@ -146,7 +146,11 @@ def interrupt(moment: str, name: str, target: str, flags, whole: Path, tmp_path:
         seconds = time.monotonic() - began
         assert statuses == [128 + number] * 2, (ranks.text("out"), ranks.text("err"), ranks.text("err", 1))
         assert seconds < 20
-        assert f"by {name}; --resume True goes on there" in ranks.text("out")
+        out = ranks.text("out")
+        assert f" by {name}\n" in out and out.count("stopped ") == 1
+        assert ("nothing was saved" if moment == "start" else "--resume True\n") in out and "saved" not in ranks.text(
+            "out", 1
+        )
         # No step is lost: what the records have is saved.
         rows = rows_of(out_dir)
         if moment == "start":

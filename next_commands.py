@@ -1,0 +1,76 @@
+"""The commands that a run prints at its end. They can be pasted as they stand, where the run was started."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from environment import local_world_size, world_size
+from flags import split_flags, words_of
+
+
+def resume_command() -> str:
+    """The command that has started this run, with --resume True. torchrun's flags are among its words."""
+    kept = [flag for flag in split_flags(sys.argv[1:], {}) if flag.name != "resume"]
+    return joined([*start_of_command(), *words_of(kept), "--resume", "True"])
+
+
+def talk_command(run_dir: str, prompts: Sequence[str]) -> str:
+    """The command that lets the model of a run go on with one of its `prompts`; without one it asks for a text."""
+    words = [python_as_typed(), str(Path(sys.argv[0]).with_name("generate.py")), "--checkpoint", run_dir]
+    plain = [prompt for prompt in prompts if prompt.isprintable() and prompt[:1] not in ("", "-")]
+    return joined([*words, *(["--prompt", plain[0]] if plain else [])])
+
+
+def start_of_command() -> list[str]:
+    """The words that have started this process, up to and with train.py."""
+    script, flags = sys.argv[0], sys.argv[1:]
+    words = launcher_words() if is_launched() else list(sys.orig_argv)
+    if words and words[len(words) - len(flags) :] == flags:
+        return words[: len(words) - len(flags)]
+    if is_launched():
+        return ["torchrun", "--standalone", "--nproc_per_node", str(world_size()), script]
+    return [sys.orig_argv[0], script]
+
+
+def launcher_words() -> list[str]:
+    """The command line of torchrun, which is the parent of each rank. Empty where it cannot be read, as on macOS."""
+    words: list[str] = []
+    with suppress(OSError):
+        words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1]
+    if "torch.distributed.run" in words:
+        return words
+    if len(words) < 2 or Path(words[1]).name != "torchrun":
+        return []
+    torchrun, found = words[1], shutil.which("torchrun")  # words[0] is the interpreter that torchrun names
+    return ["torchrun" if found and Path(found).resolve() == Path(torchrun).resolve() else torchrun, *words[2:]]
+
+
+def python_as_typed() -> str:
+    """How the interpreter was called: python, .venv/bin/python and so on."""
+    if not is_launched():
+        return sys.orig_argv[0]
+    first = Path(next(iter(launcher_words()), "torchrun"))
+    return str(first.with_name("python")) if first.name == "torchrun" else str(first)
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or something like it, has started this process."""
+    return world_size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def on_which_machines() -> str:
+    return " on each node" if world_size() > local_world_size() else ""
+
+
+def joined(words: Sequence[str]) -> str:
+    """One line for a shell."""
+    return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nOther files import this one. Run train.py.")
