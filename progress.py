@@ -64,6 +64,12 @@ class AboveBar:
             self._rest += rest
         return len(text)
 
+    def without_bar(self) -> TextIO:
+        """The stream itself, after the line that is not ended."""
+        self._stream.write(self._rest)
+        self._rest = ""
+        return self._stream
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -132,7 +138,7 @@ class Progress:
             self.bar.close()
             for name in ("stdout", "stderr"):
                 if isinstance(stream := getattr(sys, name), AboveBar):
-                    setattr(sys, name, stream._stream)
+                    setattr(sys, name, stream.without_bar())
             self.bar = None
         if self.has_begun and not self.is_over and not self._told and self.watch.is_first_alive():
             self._told = True
@@ -150,10 +156,10 @@ class Progress:
         if self.watch.stop and not self._acknowledged:
             self._acknowledged = True
             self._print(f"{signal.Signals(self.watch.stop).name}: {self.answer_to_stop()}")
-        if self.bar:
-            self.bar.ncols = columns(self.bar.fp)
-            self.bar.n, self.bar.bar_format = self.step, self.bar_format(now)
-            self.bar.refresh()
+        if bar := self.bar:
+            bar.ncols = columns(bar.fp)
+            bar.n, bar.bar_format = self.step, self.bar_format(now)
+            bar.refresh()
         elif now - self.last_line >= SILENCE and (line := self.line_after_silence(now)):
             self._print(line)
 

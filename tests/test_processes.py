@@ -313,6 +313,16 @@ def test_a_rank_that_has_ended_may_be_silent(store, monkeypatch):
     other.close()
 
 
+def test_the_first_rank_that_is_alive_speaks_for_all():
+    now = time.monotonic()
+    for silent, is_first in (((0, 1), True), ((0,), False), ((1,), False)):
+        third = Watch(2, 3, store="there")
+        third._changed = {rank: now - 10 * (rank in silent) for rank in (0, 1)}
+        assert third.is_first_alive() is is_first
+    assert not Watch(2, 3, store="there").is_first_alive()  # nothing is known of the others yet
+    assert Watch(0, 3).is_first_alive() and not Watch(2, 3).is_first_alive()  # the store is gone
+
+
 def test_a_store_that_is_gone_asks_the_run_to_stop(monkeypatch, capfd):
     """torchrun hosts it. Killed alone, it would leave processes that nobody could stop."""
 

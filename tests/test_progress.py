@@ -162,9 +162,10 @@ def test_lines_come_above_the_bar_and_the_bar_has_79_columns_at_most(monkeypatch
     following.tick()
     assert max(map(len, screen(terminal.getvalue()))) == 79
     following.is_over = True
+    sys.stdout.write("the end")
     following.close()
     assert sys.stdout is sys.stderr is terminal
-    assert screen(terminal.getvalue()) == [*lines, ""]
+    assert screen(terminal.getvalue()) == [*lines, "the end"]
 
 
 @pytest.mark.parametrize(("out", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])

@@ -524,7 +524,7 @@ def test_ctrl_c_under_torchrun_saves_and_stops(flags_for, tmp_path):
     [newest] = (out_dir / "checkpoints").glob("step_*")
     assert read_checkpoint(newest)["step"] == rows_of(out_dir)[-1]["step"]
     out = (tmp_path / "out").read_text()
-    assert out.count(" by SIGINT\n") == 1 and out.count("SIGINT: ") == 1
+    assert out.count(" by SIGINT\n") == 1 and out.count("SIGINT: ") <= 1  # it may stop at once
     [command] = [line for line in out.splitlines() if line.startswith("    ") and "--resume True" in line]
     assert shlex.split(command) == [*torchrun, *flags, "--resume", "True"]
 
