@@ -208,8 +208,9 @@ def open_run_folder(cfg: Config, goes_on: bool) -> None:
             for entry in sorted(out_dir.iterdir()):  # not the folder: this run's lock is in it
                 if entry.name not in RunLock.FILES:
                     entry.rename(aside / entry.name)
-            hint = "" if cfg.resume else "; --resume True would have gone on with it"
-            print(f"{out_dir} held an earlier run, now in {aside}{hint}")
+            print(f"{out_dir} held an earlier run, now in {aside}")
+            if not cfg.resume:
+                print("(--resume True would have gone on with it)")
         (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out_dir / "checkpoints"), atomic_write(out_dir / "config.json", "w") as file:
             json.dump(config_as_dict(cfg), file, indent=1)

@@ -73,9 +73,11 @@ def prepare_sample(cfg: Config, sample: Config) -> None:
 def describe(cfg: Config, process: Process, data: RunData, records: Records) -> list[str]:
     """The run in a few lines: size of the model, peak of the devices, shape of a step, length of the run."""
     layout, tokens = data.windows.layout, cfg.max_steps * cfg.total_batch_size
-    shape = f"{process.world_size} x {layout.accumulation} micro-steps x {cfg.batch_size} x {cfg.model.max_seq_len}"
+    processes, micro_steps = process.world_size, layout.accumulation
+    shape = f"{processes} process{'es' * (processes > 1)} x {micro_steps} micro-step{'s' * (micro_steps > 1)}"
+    shape += f" x {cfg.batch_size} x {cfg.model.max_seq_len}"
     return [
-        f"{records.num_parameters / 1e6:.1f}M parameters on {process.world_size} x {process.device}, "
+        f"{records.num_parameters / 1e6:.1f}M parameters on {processes} x {process.device}, "
         f"peak {records.peak / 1e12:.2f} TFLOP/s",
         f"{cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens: {shape}",
         *(

@@ -222,9 +222,10 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str
         )
         return 0
     run_on_rank_zero(partial(state.check_room, saver.folder, cfg), process)
+    process.print(*notes, sep="\n")
     model = wrap_model(bare_model, optimizers, cfg, process)  # trains the parameters of bare_model
     records = open_records(state, start, cfg, process)
-    process.print(*notes, *describe(cfg, process, data, records), sep="\n")
+    process.print(*describe(cfg, process, data, records), sep="\n")
     accumulation, bos_id = data.windows.layout.accumulation, data.tokenizer.bos_id
     batches = data.windows.batches(state.step, cfg.max_steps, process.device)
     profiler = start_profiler(cfg.profile, Path(cfg.out_dir) / "profile", process)

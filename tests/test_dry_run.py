@@ -74,6 +74,12 @@ def words(fields: dict) -> list[str]:
     return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Whether the sample's data has been prepared in the current folder must make no difference."""
+    monkeypatch.chdir(tmp_path)
+
+
 def tiny_config(**changes) -> train.Config:
     cfg = read_config(words(TINY), train.CONFIGS)
     return replace(cfg, **changes)
