@@ -143,7 +143,11 @@ OTHER_SHAPE = {
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak memory of a process")
 @pytest.mark.parametrize(
     "changes",
-    [pytest.param({}, id="sample"), pytest.param(OTHER_SHAPE, id="other shape", marks=pytest.mark.slow)],
+    [
+        pytest.param({"compile": False}, id="sample"),
+        pytest.param({}, id="sample, compiled", marks=pytest.mark.slow),
+        pytest.param(OTHER_SHAPE, id="other shape", marks=pytest.mark.slow),
+    ],
 )
 def test_the_memory_is_what_a_real_step_takes(changes, corpus, tmp_path):
     sample = {f"model.{name}": value for name, value in config_as_dict(train.SAMPLE.model).items()}

@@ -56,6 +56,7 @@ from generate import complete
 from hardware import device_name
 from model_utils import load_model
 from preparation import prepare
+from processes import end_process, start_process
 from run_config import read_config
 from shards import TokenStream
 from tokenizer import Tokenizer
@@ -532,13 +533,21 @@ def test_ctrl_c_under_torchrun_saves_and_stops(flags_for, tmp_path):
 def test_a_step_is_saved_before_it_is_scored(flags_for, tmp_path, monkeypatch):
     """HellaSwag may take longer than torchrun waits between a signal and a kill."""
 
+    processes = []
+
+    def start(*args):
+        processes.append(start_process(*args))
+        return processes[-1]
+
     def killed(*args, **kwargs):
         raise SystemExit("killed")
 
     flags = flags_for(tmp_path, max_steps=4, save_every=2, hellaswag_every=2, generate_every=2)
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.hellaswag_utils, "count_correct", killed)
+        patch.setattr(train, "start_process", start)
         assert train_here(flags).status == "killed"
+    end_process(processes[0], "")  # its threads are still there
     assert read_checkpoint(tmp_path / "checkpoints/step_00000002")["step"] == 2
     # The resumed run makes up the score and the sample of step 2.
     assert train_here([*flags, "--resume", "True"]).status == 0
@@ -663,7 +672,7 @@ def test_the_page_is_written_after_each_evaluation_unless_it_takes_long(
         assert (folders, page) == ([tmp_path], tmp_path / "report.html")
         clock.now += seconds
 
-    monkeypatch.setattr(records, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(records, "time", SimpleNamespace(perf_counter=lambda: clock.now, monotonic=time.monotonic))
     monkeypatch.setattr(records, "write_report", write_report)
     result = train_here(flags_for(tmp_path, max_steps=4, val_every=2, hellaswag_every=4, generate_every=4))
     assert result.status == 0, result.err
