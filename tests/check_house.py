@@ -4,7 +4,7 @@
 
 A file of the root has at most 400 lines, a function 60, `train()` 100. Imports run one way: there is no circle, nothing
 imports train.py, and a room does not reach what it does not know. Every file says something when it is run. What a file
-imports from elsewhere stands in requirements.txt.
+imports from elsewhere stands in requirements.txt. No page holds marks of a merge.
 """
 
 import ast
@@ -90,6 +90,9 @@ def findings(root: Path = ROOT) -> Iterator[str]:
                     yield f"{name}.py: {node.name}() has {length} lines; at most {most}"
         if not any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
             yield f'{name}.py says nothing when it is run; end it with `if __name__ == "__main__":`'
+    for page in sorted([*root.glob("*.md"), *root.glob("*/*.md")]):
+        if re.search(r"^(<{7}|>{7}) ", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            yield f"{page.relative_to(root)} holds marks of a merge that is not finished"
     files = set(trees)
     yield from unnamed_packages(root, trees)
     if way := circle({name: imported(tree, files, everywhere=True) for name, tree in trees.items()}):

@@ -36,3 +36,11 @@ def test_each_rule_finds_what_breaks_it(tmp_path, files, finding):
 def test_a_file_that_says_nothing_when_it_is_run_is_found(tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
     assert list(findings(tmp_path)) == ['a.py says nothing when it is run; end it with `if __name__ == "__main__":`']
+
+
+def test_a_page_with_the_marks_of_a_merge_is_found(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/LOG.md"):
+        (tmp_path / name).write_text("a\n" + "<" * 7 + " HEAD\nb\n" + "=" * 7 + "\n" + ">" * 7 + " 0f39dd3\n")
+    (tmp_path / "docs/plain.md").write_text("a title\n" + "=" * 7 + "\n")
+    assert [line.split()[0] for line in findings(tmp_path)] == ["README.md", "docs/LOG.md"]
