@@ -32,7 +32,7 @@ PERIOD = 1.0  # seconds between two heartbeats
 PATIENCE = 2.0  # seconds in which further signals are the same wish: torchrun forwards its own to ranks that have one
 SLOW, LEAST_SLOW = 10, 5.0  # a step is far too long at SLOW times its usual time and LEAST_SLOW seconds
 STOP_TIMEOUT = 10.0  # seconds without a heartbeat after which a rank counts as lost when a stop signal has come
-LAST_SECONDS = 3.0  # that the main thread has for an end of its own when another rank has failed
+LAST_SECONDS = 3.0  # for an end of the main thread's own when another rank has failed; and for the last words
 
 
 class Watch(threading.Thread):
@@ -138,10 +138,16 @@ class Watch(threading.Thread):
         return "; ".join(found or at)
 
     def is_first_alive(self) -> bool:
-        """Whether all ranks before this one are lost. Then this one says what is said once."""
+        """Whether all ranks before this one are lost. Then this one says what is said once.
+
+        A rank that has failed or ended is not lost: it has spoken for itself.
+        """
         if self.store is None:  # nobody knows who is alive
             return self.rank == 0
         now = time.monotonic()
+        records = [self._others.get(rank, {}) for rank in range(self.rank)]
+        if any(record.get("failed") or "ended" in record for record in records):
+            return False
         return all(now - self._changed.get(rank, now) > 3 * PERIOD for rank in range(self.rank))
 
     # ------------------------------------------------------------ called by signals and in the thread
@@ -178,14 +184,23 @@ class Watch(threading.Thread):
         if not self._own_signal:
             self._own_signal = now
         elif now - self._own_signal > PATIENCE:
-            say(f"train.py: a second {signal.Signals(number).name}, so this process ends at once")
-            self._end(128 + number)
+            self._end(128 + number, f"train.py: a second {signal.Signals(number).name}, so this process ends at once")
 
-    def _end(self, status: int) -> None:
-        """End the process, whatever its main thread does."""
+    def _end(self, status: int, sentence: str = "") -> None:
+        """End the process, whatever its main thread does.
+
+        Another thread speaks, because a terminal or a pipe that nobody reads holds whoever writes to it for ever.
+        """
+        speaker = threading.Thread(target=self._speak, args=(sentence,), daemon=True)
+        speaker.start()
+        speaker.join(LAST_SECONDS)
+        os._exit(status)
+
+    def _speak(self, sentence: str) -> None:
+        if sentence:
+            say(sentence)
         if self.last_words:
             self.last_words()
-        os._exit(status)
 
     def _write_record(self) -> None:
         self._record["beat"] += 1

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -319,8 +320,26 @@ def test_the_first_rank_that_is_alive_speaks_for_all():
         third = Watch(2, 3, store="there")
         third._changed = {rank: now - 10 * (rank in silent) for rank in (0, 1)}
         assert third.is_first_alive() is is_first
+    for record in ({"failed": "a cause"}, {"failed": "", "ended": True}):  # that rank has spoken for itself
+        second = Watch(1, 2, store="there")
+        second._changed, second._others = {0: now - 10}, {0: record}
+        assert not second.is_first_alive()
     assert not Watch(2, 3, store="there").is_first_alive()  # nothing is known of the others yet
     assert Watch(0, 3).is_first_alive() and not Watch(2, 3).is_first_alive()  # the store is gone
+
+
+def test_last_words_that_are_held_or_fail_do_not_keep_the_process(monkeypatch):
+    """As where standard output is a pipe that nobody reads."""
+    monkeypatch.setattr(watch, "LAST_SECONDS", 0.2)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    ended, reader = [], threading.Event()
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for last_words in (reader.wait, lambda: 1 / 0):
+        alone = Watch()
+        alone.last_words = last_words
+        alone._end(130, "a sentence")
+    reader.set()
+    assert ended == [130, 130]
 
 
 def test_a_store_that_is_gone_asks_the_run_to_stop(monkeypatch, capfd):
