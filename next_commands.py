@@ -13,10 +13,16 @@ from environment import local_world_size, world_size
 from flags import split_flags, words_of
 
 
-def resume_command() -> str:
-    """The command that has started this run, with --resume True. torchrun's flags are among its words."""
+def resume_command(config: str = "") -> str:
+    """The command that has started this run, with --resume True. torchrun's flags are among its words.
+
+    It names the configuration `config`, unless a flag settles that: without one, data that is prepared meanwhile would
+    change the configuration (run_config.name_in_force).
+    """
     kept = [flag for flag in split_flags(sys.argv[1:], {}) if flag.name != "resume"]
-    return joined([*start_of_command(), *words_of(kept), "--resume", "True"])
+    is_settled = any(flag.name in ("config", "data_root", "init_from") for flag in kept)
+    named = [] if is_settled or not config else ["--config", config]
+    return joined([*start_of_command(), *words_of(kept), *named, "--resume", "True"])
 
 
 def talk_command(run_dir: str, prompts: Sequence[str]) -> str:
@@ -64,7 +70,11 @@ def is_launched() -> bool:
 
 
 def on_which_machines() -> str:
-    return " on each node" if world_size() > local_world_size() else ""
+    """On several nodes: on each of them. `--node_rank` in the command is that of the node which prints it."""
+    if world_size() <= local_world_size():
+        return ""
+    has_rank = any(word.lstrip("-").replace("-", "_").startswith("node_rank") for word in launcher_words())
+    return " on each node, with its own --node_rank" if has_rank else " on each node"
 
 
 def joined(words: Sequence[str]) -> str:

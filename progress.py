@@ -86,7 +86,7 @@ class Progress:
         self.watch, self.is_shown, self.bar = watch, is_shown, None
         self.has_begun = self.is_over = False  # whether there is something to go on from; whether all is done
         self.step = self.first_step = self.saved = self.max_steps = 0
-        self.folder = Path()  # of the run's checkpoints
+        self.folder, self.config = Path(), ""  # of the run's checkpoints; name of its configuration
         self.figures: Sequence[str] = ()  # of the last update: loss, speed, time left
         self.compiles = False  # the first update compiles
         self.began = self.last_line = time.monotonic()
@@ -105,10 +105,11 @@ class Progress:
         """The run begins after `step`. The last step that its folder holds a checkpoint of is `saved`."""
         self.step = self.first_step = step
         self.saved, self.max_steps, self.folder = saved, cfg.max_steps, Path(cfg.out_dir) / "checkpoints"
-        self.has_begun, self.began = True, time.monotonic()
+        self.config, self.has_begun, self.began = cfg.config, True, time.monotonic()
         self.doing("")
         if self.is_shown and is_terminal(sys.stdout) and is_terminal(sys.stderr):
-            self.bar = Bar(total=cfg.max_steps, initial=step, file=sys.stderr, leave=False, ncols=1)
+            # `disable`, because a bar that the variable TQDM_DISABLE has switched off lacks what AboveBar writes to.
+            self.bar = Bar(total=cfg.max_steps, initial=step, file=sys.stderr, leave=False, ncols=1, disable=False)
             sys.stdout, sys.stderr = AboveBar(sys.stdout, self.bar), AboveBar(sys.stderr, self.bar)
 
     def doing(self, what: str, part: int = 0, parts: int = 1) -> None:
@@ -142,7 +143,7 @@ class Progress:
             self.bar = None
         if self.has_begun and not self.is_over and not self._told and self.watch.is_first_alive():
             self._told = True
-            print(way_on(self.folder), flush=True)
+            print(way_on(self.folder, self.config), flush=True)
 
     # ------------------------------------------------------------ the thread
 
@@ -175,7 +176,7 @@ class Progress:
             is_there = (self.folder / f"step_{step:08d}").is_dir()
             kept = f"step {step} is saved" if is_there else "then ending the save" if step else "nothing to save yet"
         if self.is_over:
-            words = "all steps are done and saved, the report is left"
+            words = "all steps are saved, ending the records"
         elif not self.has_begun:
             words = "stopping before the first step"
         elif doing.what == SAVING:
@@ -281,14 +282,14 @@ def validation_words(row: dict) -> str:
     return f"{decimals(row['val_loss'], 4)} nats a token, {decimals(row['val_bpb'], 4)} bits a byte"
 
 
-def way_on(folder: Path) -> str:
-    """How to go on with a run that is not over. `folder` holds its checkpoints."""
+def way_on(folder: Path, config: str = "") -> str:
+    """How to go on with a run of the configuration `config` that is not over. `folder` holds its checkpoints."""
     there = checkpoints_in(folder)
     if not there:
         return "nothing was saved; the same command starts the run anew"
-    if "SLURM_JOB_ID" in os.environ:
-        return f"saved: {there[-1]}\nthe same job goes on there; launch/slurm.sbatch passes --resume True"
-    return f"saved: {there[-1]}\nto go on from there{on_which_machines()}:\n    {resume_command()}"
+    if "SLURM_JOB_ID" in os.environ and not sys.stdout.isatty():  # on a terminal somebody has typed the command
+        return f"saved: {there[-1]}\na job with --resume True goes on there; launch/slurm.sbatch passes it"
+    return f"saved: {there[-1]}\nto go on from there{on_which_machines()}:\n    {resume_command(config)}"
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ def begin(state: TrainState, cfg: Config, process: Process) -> Start:
 
 def open_records(state: TrainState, start: Start, cfg: Config, process: Process) -> Records:
     """Open the records of the run. They go on where the run goes on in its own folder."""
+    process.progress.doing("opening of the records")
     if not run_on_rank_zero(partial(leave_spoilt, start, Path(cfg.out_dir) / "checkpoints"), process):
         state.best_val_loss = math.inf
     last_step = state.step if start.same_run else -1

@@ -41,6 +41,7 @@ def open_data(cfg: Config, sample: Config, process: Process) -> RunData:
         ValueError, OSError: data that is missing, too short, damaged, or does not fit the model; a prompt too long.
     """
     run_on_rank_zero(partial(prepare_sample, cfg, sample), process)
+    process.progress.doing("reading of the data")
     tokenizer = Tokenizer(vocab_size=cfg.model.vocab_size)
     for prompt in cfg.prompts if cfg.generate_every else ():
         if (n := len(tokenizer.encode(prompt, bos=True))) >= cfg.model.max_seq_len:

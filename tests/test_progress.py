@@ -224,6 +224,36 @@ def test_a_stop_signal_is_answered_once_with_what_is_true(capsys, clock, tmp_pat
     assert capsys.readouterr().out == f"SIGINT: {words}; Ctrl-C again to stop now\n"
 
 
+def test_the_answer_at_the_end_fits_into_80_columns(capsys, clock, tmp_path):
+    following = followed(tmp_path)
+    following.is_over, following.watch.stop = True, signal.SIGINT
+    following.tick()
+    assert "all steps are saved" in (line := capsys.readouterr().out) and len(line) <= 81
+
+
+NO_BARS = """
+import io, sys
+from types import SimpleNamespace
+from progress import Progress
+class Terminal(io.StringIO):
+    isatty = lambda self: True
+out = sys.stdout = sys.stderr = Terminal()
+following = Progress(SimpleNamespace(stop=0, is_first_alive=lambda: False), is_shown=True)
+following.begin(SimpleNamespace(max_steps=5, out_dir="run", config=""), 0, 0)
+print("a line")
+following.tick()
+following.close()
+sys.exit("a line" not in out.getvalue())
+"""
+
+
+def test_a_switch_for_other_bars_does_not_break_this_one():
+    """tqdm reads TQDM_DISABLE when it is imported."""
+    environment = plain_environment(TQDM_DISABLE="1", TERM="xterm", PYTHONPATH=os.path.dirname(progress.__file__))
+    run = subprocess.run([sys.executable, "-c", NO_BARS], env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+
+
 def test_ctrl_c_is_not_named_to_who_did_not_press_it(capsys, clock, tmp_path):
     following = followed(tmp_path)
     following.has_begun, following.watch.stop = False, signal.SIGTERM
@@ -282,6 +312,7 @@ def test_the_command_that_resumes_is_the_one_typed_with_resume_true(started):
     ]
     started(["python", "code/train.py"], ["--resume=True"])
     assert resume_command() == "python code/train.py --resume True"
+    assert resume_command("sample") == "python code/train.py --config sample --resume True"
     assert talk_command("runs/a", ()) == "python code/generate.py --checkpoint runs/a"
 
 
@@ -297,6 +328,18 @@ def test_under_torchrun_its_words_stand_before_the_script(started, parent, pytho
     started(["/x/python", "-u", "train.py"], FLAGS, [*parent, "train.py", *FLAGS])
     assert shlex.split(resume_command()) == [*parent, "train.py", *KEPT]
     assert talk_command("runs/a", ()).startswith(f"{python} generate.py ")
+
+
+@pytest.mark.parametrize("flags", [["--config=original"], ["--data_root", "a"], ["--init_from", "b"]])
+def test_the_configuration_is_named_unless_a_flag_settles_it(started, flags):
+    started(["python", "train.py"], flags)
+    assert shlex.split(resume_command("original")) == ["python", "train.py", *flags, "--resume", "True"]
+
+
+def test_a_node_rank_is_said_to_be_the_nodes_own(started, monkeypatch):
+    started(["/x/python", "train.py"], [], ["torchrun", "--nnodes=2", "--node-rank=0", "train.py"], ranks=16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert next_commands.on_which_machines() == " on each node, with its own --node_rank"
 
 
 def test_under_an_unknown_launcher_torchrun_is_named(started):
@@ -332,7 +375,9 @@ def test_how_to_go_on_depends_on_what_is_saved(started, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert "to go on from there on each node:" in way_on(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert "slurm.sbatch" in way_on(tmp_path)
+    for out, is_batch in ((io.StringIO(), True), (Terminal(), False)):
+        monkeypatch.setattr(sys, "stdout", out)
+        assert ("slurm.sbatch" in way_on(tmp_path)) is is_batch
 
 
 # ---------------------------------------------------------------- runs
@@ -418,7 +463,7 @@ register_optimizer_step_pre_hook(fail)
     script = driver(tmp_path / "driver", patch)
     out, err = start_run([*flags, *extra], script=script, env=plain_environment(RANK="0")).communicate(timeout=60)
     if status == "refused":
-        assert b"--resume" not in out and b"saved" not in out, (out, err)
+        assert out == b"" and b"resume=" in err, (out, err)
         return
     assert b"RuntimeError: it broke" in err
     saved, _, command = out.decode().splitlines()[-3:]
