@@ -133,6 +133,7 @@ def try_update(step: Callable, wrapped: nn.Module, cfg: Config, process: Process
 def measured(update: Callable, *args: Any, process: Process, **kwargs: Any) -> None:
     """One update. Raises KeyboardInterrupt if a stop signal has come."""
     update(*args, process=process, **kwargs)
+    process.progress.compiles = False  # the first update has compiled
     if process.stop:
         raise KeyboardInterrupt
 

@@ -162,7 +162,7 @@ def command_line() -> FlagParser:
         type=at_least(0),
         default=0,
         metavar="N",
-        help="skip and report N broken rows (default: 0)",
+        help="skip and report up to N broken rows (default: 0)",
     )
     add(
         "--val_fraction",

@@ -2,7 +2,7 @@
 
 A thread does this, and not the watch's: a terminal that is stopped by Ctrl-S blocks whoever writes to it, and other
 ranks would take a blocked watch for a lost rank. Rank zero alone has the thread. The main thread notes what it is doing
-in an attribute; it never waits for the bar.
+in an attribute. It waits for the bar only to print a line.
 """
 
 import os

@@ -222,6 +222,13 @@ def out_of_memory_above(largest: int):
     return update
 
 
+def test_only_the_first_update_is_said_to_compile():
+    process = Process(0, 1, torch.device("cpu"))
+    process.progress.compiles = True
+    dry_run.measured(lambda process: None, process=process)
+    assert not process.progress.compiles
+
+
 def test_the_largest_batch_size_that_fits_is_named(capsys):
     """512 tokens are 16 sequences, so 5, 6 and 7 do not divide an update."""
     assert dry_run.dry_run(tiny_config(), ALONE, out_of_memory_above(7), []) == 1
