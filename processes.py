@@ -129,11 +129,12 @@ def own_store(limit: timedelta) -> dist.Store:
 
 def end_process(process: Process, cause: str) -> None:
     """Leave the other ranks: as one that is done, or as one that has failed with a `cause`. Print how to go on."""
-    process.progress.close()
     if cause:
-        process.watch.fail(cause)
-        if process.is_main and process.world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(2 * PERIOD)  # without torchrun this process hosts the store, in which the others read the cause
+        process.watch.fail(cause)  # before anything is printed: a pipe that nobody reads would hold the news back
+    process.progress.close()
+    hosts_store = process.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # as without torchrun
+    if cause and hosts_store and process.world_size > 1:
+        time.sleep(2 * PERIOD)  # in which the others read the cause
     process.watch.close()
     if dist.is_initialized() and not cause:
         sum_over_processes([0.0], process)  # no rank ends while another one still needs the store

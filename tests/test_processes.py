@@ -328,6 +328,14 @@ def test_the_first_rank_that_is_alive_speaks_for_all():
     assert Watch(0, 3).is_first_alive() and not Watch(2, 3).is_first_alive()  # the store is gone
 
 
+def test_the_other_ranks_hear_of_a_failure_before_it_is_printed_how_to_go_on():
+    calls = []
+    watching = SimpleNamespace(fail=lambda cause: calls.append(cause), close=lambda: calls.append("closed"))
+    speaking = SimpleNamespace(close=lambda: calls.append("printed"))
+    processes.end_process(Process(0, 1, torch.device("cpu"), watching, speaking), "a cause")
+    assert calls == ["a cause", "printed", "closed"]
+
+
 def test_last_words_that_are_held_or_fail_do_not_keep_the_process(monkeypatch):
     """As where standard output is a pipe that nobody reads."""
     monkeypatch.setattr(watch, "LAST_SECONDS", 0.2)
