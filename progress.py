@@ -143,7 +143,7 @@ class Progress:
             self.bar = None
         if self.has_begun and not self.is_over and not self._told and self.watch.is_first_alive():
             self._told = True
-            print(way_on(self.folder, self.config), flush=True)
+            print(way_on(self.folder, self.config, failed=not self.watch.stop), flush=True)
 
     # ------------------------------------------------------------ the thread
 
@@ -282,14 +282,19 @@ def validation_words(row: dict) -> str:
     return f"{decimals(row['val_loss'], 4)} nats a token, {decimals(row['val_bpb'], 4)} bits a byte"
 
 
-def way_on(folder: Path, config: str = "") -> str:
-    """How to go on with a run of the configuration `config` that is not over. `folder` holds its checkpoints."""
+def way_on(folder: Path, config: str = "", *, failed: bool = False) -> str:
+    """How to go on with a run of the configuration `config` that is not over. `folder` holds its checkpoints.
+
+    A run that has `failed` would fail again with the same flags, if a number that is not finite or the memory was the
+    cause.
+    """
     there = checkpoints_in(folder)
     if not there:
         return "nothing was saved; the same command starts the run anew"
     if "SLURM_JOB_ID" in os.environ and not sys.stdout.isatty():  # on a terminal somebody has typed the command
         return f"saved: {there[-1]}\na job with --resume True goes on there; launch/slurm.sbatch passes it"
-    return f"saved: {there[-1]}\nto go on from there{on_which_machines()}:\n    {resume_command(config)}"
+    when = ", once the cause is gone" if failed else ""
+    return f"saved: {there[-1]}\nto go on from there{when}{on_which_machines()}:\n    {resume_command(config)}"
 
 
 if __name__ == "__main__":

@@ -159,13 +159,11 @@ def begin(state: TrainState, cfg: Config, process: Process) -> Start:
     """
     process.progress.doing("reading of the checkpoint")
     start = Start(**run_on_rank_zero(partial(find_start, cfg), process))
-    for note in start.notes:
-        process.print(note)
     if start.checkpoint:
         start.changes = state.resume(Path(start.checkpoint), cfg)
         if start.best_val_loss is not None:  # a validation that came after the save is not in the checkpoint
             state.best_val_loss = min(state.best_val_loss, start.best_val_loss)
-        process.print(f"resuming from {start.checkpoint} after step {state.step}")
+        start.notes.append(f"resuming from {start.checkpoint} after step {state.step}")
     elif cfg.init_from:
         path = find_checkpoint(cfg.init_from)
         run_on_rank_zero(partial(verify_checkpoint, path, training_state=False), process)

@@ -216,13 +216,12 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str
     start = begin(state, cfg, process)
     compare_ranks(data.facts() | start.facts() | {"first step": state.step}, process)
     missing = due_at(state.step, cfg) - set(start.recorded)  # evaluations that a kill after the save has cut off
+    if state.step < cfg.max_steps or missing:
+        run_on_rank_zero(partial(state.check_room, saver.folder, cfg), process)
+    process.print(*notes, *start.notes, sep="\n")  # from here on nothing refuses the run
     if state.step >= cfg.max_steps and not missing:
-        process.print(
-            f"{start.checkpoint}: step {state.step} of max_steps={cfg.max_steps} is done; nothing is left to do"
-        )
+        process.print(f"step {state.step} of max_steps={cfg.max_steps} is done; nothing is left to do")
         return 0
-    run_on_rank_zero(partial(state.check_room, saver.folder, cfg), process)
-    process.print(*notes, sep="\n")
     model = wrap_model(bare_model, optimizers, cfg, process)  # trains the parameters of bare_model
     records = open_records(state, start, cfg, process)
     process.print(*describe(cfg, process, data, records), sep="\n")

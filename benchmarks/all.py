@@ -1,6 +1,6 @@
 """Runs every benchmark of the model, writes its table in benchmarks/README.md, and reports rows that got slower.
 
-    python benchmarks/all.py                     all rows: an hour on two cores
+    python benchmarks/all.py                     all rows: hours on two cores
     python benchmarks/all.py --only generation   the rows with this word in their name; the other rows do not change
 
 There is a table for each kind of machine: processor, instructions, dtype, torch version. A run rewrites rows of its own

@@ -371,6 +371,7 @@ def test_how_to_go_on_depends_on_what_is_saved(started, tmp_path, monkeypatch):
     saved, where, command = way_on(tmp_path).splitlines()
     assert saved.endswith("step_00000005") and where == "to go on from there:"
     assert command.strip() == "python train.py --resume True"
+    assert "to go on from there, once the cause is gone:" in way_on(tmp_path, failed=True)
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert "to go on from there on each node:" in way_on(tmp_path)

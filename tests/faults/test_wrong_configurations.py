@@ -186,7 +186,7 @@ WRONG_VALUES = {
     "--device ''": f"device=: {DEVICES}",
     "--device cuda:1000": f"device=cuda:1000: {DEVICES}",
     "--device cpu:3": f"device=cpu:3: {DEVICES}",
-    "--device cuda:99": "device=cuda:99: there is no GPU to use (",
+    "--device cuda:99": "device=cuda:99: ",  # no GPU, or not so many
     "--device mps": "device=mps: needs an Apple GPU and a single process; pass --device cpu",
 }
 WRONG_MODELS = {
