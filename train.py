@@ -8,7 +8,7 @@
 Every field of the CONFIGURATION block is a flag. --config names the values
 that the other flags change: `original` is a Llama 3 of 301 million parameters
 on data that must be prepared; `sample` is a small one on the Python standard
-library, for two to eight minutes on two CPU cores. The default is the original
+library, for two to ten minutes on two CPU cores. The default is the original
 where its data is prepared, and else the sample.
 """
 
