@@ -227,14 +227,6 @@ def columns(stream: TextIO) -> int:
 # ---------------------------------------------------------------- figures in words
 
 
-def short(number: float) -> str:
-    """Three digits of a number: 999, 23.4k, 1.23M."""
-    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * limit:
-            return f"{number / limit:.3g}{letter}"
-    return f"{number:.3g}"
-
-
 def decimals(number: float, digits: int) -> str:
     """A number with so many decimals. A large one has an exponent, so that it stays short."""
     return f"{number:.{digits}f}" if abs(number) < 100 else f"{number:.1e}"
@@ -261,17 +253,15 @@ def summary(cfg: Config, rows: Sequence[dict], first_step: int, seconds: float, 
         first_step, seconds: where this start began, and how long it took.
     """
     steps, out_dir = cfg.max_steps - first_step, Path(cfg.out_dir)
-    took = f"{short(steps * cfg.total_batch_size)} tokens in {duration(seconds)}"
+    took = f"{tqdm.format_sizeof(steps * cfg.total_batch_size)} tokens in {duration(seconds)}"
     lines = [
         f"done: {cfg.max_steps:,} steps; the last {steps:,}, {took}" if first_step else f"done: {steps:,} steps, {took}"
     ]
     validated = [row for row in rows if "val_loss" in row]
     if validated:
         best = min(validated, key=lambda row: row["val_loss"])
-        for place, (name, row) in zip(
-            ("validation", "", ""), (("first", validated[0]), ("best", best), ("last", validated[-1])), strict=True
-        ):
-            lines.append(f"{place:<12}{name:<5}  {validation_words(row)} (step {row['step']})")
+        named = (("validation  first", validated[0]), ("best ", best), ("last ", validated[-1]))
+        lines += [f"{name:>17}  {validation_words(row)} (step {row['step']})" for name, row in named]
     if has_report:
         lines.append(f"report      {out_dir / 'report.html'}")
     lines += [f"model       {path}" for path in checkpoints_in(out_dir / "checkpoints")[-1:]]

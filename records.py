@@ -19,6 +19,7 @@ from typing import Any
 from threads import num_cores
 
 import torch
+from tqdm import tqdm
 
 from config import Config, config_as_dict
 from files import atomic_write
@@ -27,7 +28,7 @@ from model import Transformer
 from model_folders import checkpoints_in
 from model_utils import flops_per_token
 from processes import Process, run_on_rank_zero
-from progress import decimals, duration, short, summary, validation_words
+from progress import decimals, duration, summary, validation_words
 from report import write_report
 from run_folders import read_about
 from run_lock import RunLock
@@ -288,7 +289,7 @@ class Records:
         self.since_line.append(seconds)
         speed = self.cfg.total_batch_size * len(self.since_line) / sum(self.since_line)
         loss = [f"loss {decimals(row['train_loss'], 4)}"] if "train_loss" in row else []
-        rate, is_first, left = f"{short(speed)} tokens/s", self.first_step is None, self.time_left(step)
+        rate, is_first, left = f"{tqdm.format_sizeof(speed)} tokens/s", self.first_step is None, self.time_left(step)
         self.process.progress.finished(step, [*loss, rate, *left])
         if "skipped" in row:
             self.write(step, row, f"left out: a loss or the gradient is not finite; {row['skipped']} in a row")

@@ -29,8 +29,6 @@ SCRIPTS += ("convert_checkpoint",)
 
 # How the lines begin that are not run, and why.
 NOT_RUN = {
-    "git clone ": "the reader knows the address",
-    "cd llama3": "the test is in an empty folder",
     "python3 -m venv .venv": "makes an environment",
     "pip install -r requirements.txt": "needs a network",
     "pip install -r tests/requirements.txt": "needs a network",
