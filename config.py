@@ -37,19 +37,22 @@ class Config:
     batch_size: int  # sequences a micro-step in each process; lower it when memory runs out
     max_steps: int  # optimizer steps
 
-    # Optimizer
-    optimizer: Literal["adamw", "muon"]  # muon: for the matrices of the blocks, AdamW for the rest
-    max_lr: float  # AdamW's peak learning rate
-    muon_lr: float  # Muon's peak learning rate, on a scale of its own; with optimizer=muon alone
-    betas: tuple[float, float]  # AdamW's decay of the first and second moments
-    weight_decay: float  # on matrices alone
+    # Optimizer. None: what the optimizer's recipe has, see RECIPES in optimizers.py
+    optimizer: Literal["muon", "adamw"]  # muon: for the matrices of the blocks, AdamW for the rest
+    max_lr: float | None = None  # peak learning rate of all that AdamW moves and that has no rate of its own
+    embedding_lr: float | None = None  # peak of the embedding, also where the output layer shares it
+    output_lr: float | None = None  # peak of the output layer
+    norm_lr: float | None = None  # peak of the norms' scales
+    muon_lr: float | None = None  # peak of the blocks' matrices, on a scale of its own; with optimizer=muon alone
+    betas: tuple[float, float] | None = None  # AdamW's decay of the first and second moments
+    weight_decay: float | None = None  # on matrices alone
     grad_clip: float  # largest norm of the whole gradient; 0 does not clip
 
-    # Learning-rate schedule
-    schedule: Literal["cosine", "wsd"]  # wsd: warm up, hold, decay at the end
-    warmup_steps: int  # steps of linear warm-up
-    min_lr_fraction: float  # learning rate at the last step, as a share of the peak
-    decay_fraction: float  # with wsd: share of the steps that decay
+    # Learning-rate schedule. None: the recipe's
+    schedule: Literal["cosine", "wsd"] | None = None  # wsd: warm up, hold, decay at the end
+    warmup_steps: int | None = None  # steps of linear warm-up; None: a share of max_steps
+    min_lr_fraction: float | None = None  # learning rate at the end, as a share of the peak
+    decay_fraction: float | None = None  # with wsd: share of the steps that decay
 
     # Device
     device: str  # auto, cpu, cuda, cuda:N or mps
@@ -109,6 +112,7 @@ def local_device(name: str) -> torch.device:
 
 # ---------------------------------------------------------------- refusals of values
 
+RATES = ("max_lr", "embedding_lr", "output_lr", "norm_lr", "muon_lr")
 POSITIVE = ("total_batch_size", "batch_size", "max_steps", "log_every", "val_tokens", "keep_checkpoints")
 POSITIVE += ("generate_tokens", "timeout")
 NOT_NEGATIVE = ("val_every", "hellaswag_every", "generate_every", "save_every", "hellaswag_limit", "warmup_steps")
@@ -128,7 +132,7 @@ REFUSALS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("timeout",), lambda value: value <= 2_000_000, "must be at most 2,000,000, which is 23 days"),  # 2^31 ms
     (
-        ("max_lr", "muon_lr", "grad_clip", "weight_decay", "temperature"),
+        (*RATES, "grad_clip", "weight_decay", "temperature"),
         lambda value: 0 <= value < math.inf,
         "must be 0 or more, and finite",
     ),
@@ -155,7 +159,10 @@ def config_errors(cfg: Config) -> list[str]:
     if cfg.model.vocab_size not in VOCAB_SIZES:
         errors.append(f"model.vocab_size={cfg.model.vocab_size}: must be {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]}")
     for names, is_right, sentence in REFUSALS:
-        errors += [f"{name}={shown(value)}: {sentence}" for name in names if not is_right(value := getattr(cfg, name))]
+        values = {name: value for name in names if (value := getattr(cfg, name)) is not None}  # None: the recipe's
+        errors += [f"{name}={shown(value)}: {sentence}" for name, value in values.items() if not is_right(value)]
+    if cfg.optimizer == "adamw" and cfg.muon_lr is not None:
+        errors.append(f"muon_lr={shown(cfg.muon_lr)}: optimizer=adamw has no Muon; give max_lr, or leave it out")
     refused = {error.partition("=")[0] for error in errors}
     tokens = cfg.batch_size * world_size() * cfg.model.max_seq_len  # of one micro-step
     if not refused & {"batch_size", "total_batch_size", "model.max_seq_len"} and cfg.total_batch_size % tokens:

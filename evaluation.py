@@ -22,6 +22,20 @@ from shards import TokenStream
 from tokenizer import Tokenizer
 
 
+def is_due(every: int, step: int) -> bool:
+    """Whether an activity with the interval `every` (0: never) is due at `step`."""
+    return every > 0 and step % every == 0
+
+
+def due_at(step: int, cfg: Config) -> set[str]:
+    """The evaluations due at a step, by a field of their rows. The end of a run has all that are switched on."""
+    every = {"val_loss": cfg.val_every, "hellaswag_acc": cfg.hellaswag_every, "samples_end": cfg.generate_every}
+    due = {field for field, interval in every.items() if interval and (is_due(interval, step) or step == cfg.max_steps)}
+    if step == 0:
+        return due & {"val_loss"}
+    return due | ({"val_loss"} if step == cfg.max_steps else set())
+
+
 @contextmanager
 def eager_mode(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Matrix products in `dtype`, without gradients, and without torch.compile: each evaluation has shapes of its own,

@@ -1,14 +1,73 @@
-"""Which optimizer moves which parameter, and how fast at each step."""
+"""Which optimizer moves which parameter, and how fast at each step.
+
+Parameters have four roles: the embedding, the output layer, the scales of the norms, and the matrices of the blocks.
+RECIPES has what each optimizer does where the configuration says None. `docs/LOG.md` has the trials behind the numbers.
+"""
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from config import Config
-from hardware import fastest_dtype
 from model import Transformer
+
+# ---------------------------------------------------------------- recipes
+
+# The values of fields that are None. `warmup_fraction` is the share of the steps that warm up.
+RECIPES: dict[str, dict[str, Any]] = {
+    # That of GPT-3 Small (arXiv 2005.14165): 375 of 300,000 million tokens warm up there, here 715 of 19,073 steps
+    "adamw": {
+        "max_lr": 6e-4,
+        "betas": (0.9, 0.95),
+        "weight_decay": 0.1,
+        "schedule": "cosine",
+        "warmup_fraction": 0.0375,
+        "min_lr_fraction": 0.1,
+        "decay_fraction": 0.2,  # with wsd
+    },
+    "muon": {
+        "embedding_lr": 0.1,
+        "output_lr": 0.01,
+        "norm_lr": 0.01,
+        "muon_lr": 0.02,
+        "betas": (0.9, 0.95),
+        "weight_decay": 0.0,
+        "schedule": "wsd",
+        "warmup_fraction": 0.05,
+        "min_lr_fraction": 0.0,
+        "decay_fraction": 0.6,
+    },
+}
+WIDTH = 256  # the dim at which RECIPES has the output layer's rate
+
+
+def with_recipe(cfg: Config) -> Config:
+    """`cfg` with a value for each field of the optimizer and the schedule that is None.
+
+    AdamW moves each number by about its rate, so the logits of a wide model, sums over `dim` numbers, would move more.
+    So the output layer's rate falls with the width (muP, arXiv 2203.03466, table 8). Muon's steps have the same size
+    in the spectral norm at every width (arXiv 2310.17813), and the embedding is a look-up: neither needs it.
+    """
+    values = dict(RECIPES[cfg.optimizer])
+    warmup_fraction = values.pop("warmup_fraction")
+    if "output_lr" in values:
+        values["output_lr"] *= WIDTH / cfg.model.dim
+    if cfg.optimizer == "adamw" or cfg.max_lr is not None:
+        max_lr = cfg.max_lr if cfg.max_lr is not None else values["max_lr"]
+        values |= dict.fromkeys(("embedding_lr", "output_lr", "norm_lr"), max_lr)
+    cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
+    if cfg.warmup_steps is None:
+        room = 1 - cfg.decay_fraction if cfg.schedule == "wsd" else 1.0  # a warm-up ends before the decay begins
+        cfg = replace(cfg, warmup_steps=round(min(warmup_fraction, room) * cfg.max_steps))
+    return cfg
+
+
+# ---------------------------------------------------------------- Muon
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -28,19 +87,31 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Each matrix's step is its momentum, made orthogonal. The momentum is 0.95, in Nesterov's manner.
+    """Each matrix's step is its momentum, in Nesterov's manner, made orthogonal.
 
     Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024). The steps are those of
-    torch.optim.Muon, up to rounding. torch's goes matrix by matrix and in bfloat16: on a CPU without bfloat16 it takes
-    longer than the rest of an update. Here matrices of one shape share their products, in the dtype that the device
-    multiplies fastest.
+    torch.optim.Muon, up to rounding. torch's goes matrix by matrix and always in bfloat16: on a CPU without bfloat16 it
+    takes longer than the rest of an update. Here matrices of one shape share their products.
+
+    Args:
+        dtype: of the products.
+        ranks: this process's number, and how many there are. They all hold the same gradients. Each makes its share of
+            the steps orthogonal and sends them to the others, so all take the same steps, to the last bit.
     """
 
-    MOMENTUM = 0.95
     LARGEST_BATCH = 2**26  # elements: bounds the memory that the copies of a large model's matrices take
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+        ranks: tuple[int, int] = (0, 1),
+    ):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype, self.ranks = dtype, ranks
 
     @torch.no_grad()
     def step(self) -> None:
@@ -53,64 +124,116 @@ class Muon(torch.optim.Optimizer):
                 lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
                 n = max(1, self.LARGEST_BATCH // shape.numel())
                 for chunk in (params[i : i + n] for i in range(0, len(params), n)):
-                    for p, step in zip(chunk, orthogonalise(self.momenta(chunk)), strict=True):
+                    steps = self.share_out([self.nesterov(p, group["momentum"]) for p in chunk])
+                    for p, step in zip(chunk, steps, strict=True):
                         p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-lr)
 
-    def momenta(self, params: list[Tensor]) -> Tensor:
-        """Add the gradients of `params`, all of one shape, to their momenta. Return what the step takes, stacked."""
-        device = params[0].device
-        stacked = torch.empty(len(params), *params[0].shape, dtype=fastest_dtype(device), device=device)
-        for p, out in zip(params, stacked, strict=True):
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - self.MOMENTUM)
-            out.copy_(p.grad.lerp(momentum, self.MOMENTUM))
-        return stacked
+    def nesterov(self, p: Tensor, momentum: float) -> Tensor:
+        """Add the gradient of `p` to its momentum. Return the gradient that Nesterov's method expects next."""
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(buffer, momentum).to(self.dtype)
+
+    def share_out(self, matrices: list[Tensor]) -> list[Tensor]:
+        """`orthogonalise` each of `matrices`, all of one shape. This process does those of its rank."""
+        rank, world_size = self.ranks
+        if world_size == 1:
+            return list(orthogonalise(torch.stack(matrices)))
+        size = math.ceil(len(matrices) / world_size)  # of each share; the last ones may be filled up
+        mine = torch.zeros(size, *matrices[0].shape, dtype=self.dtype, device=matrices[0].device)
+        for place, matrix in enumerate(matrices[rank * size : (rank + 1) * size]):
+            mine[place] = matrix
+        mine = orthogonalise(mine).contiguous()
+        shares = [torch.empty_like(mine) for _ in range(world_size)]
+        dist.all_gather(shares, mine)
+        return [matrix for share in shares for matrix in share][: len(matrices)]
 
 
-def build_optimizers(model: Transformer, cfg: Config) -> list[torch.optim.Optimizer]:
+# ---------------------------------------------------------------- groups
+
+
+def build_optimizers(model: Transformer, cfg: Config, ranks: tuple[int, int] = (0, 1)) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters; or Muon for the matrices of the blocks, and AdamW for the rest.
 
-    Weight decay acts on matrices alone: a norm's scale has no reason to shrink. Each group carries `initial_lr`, its
-    learning rate where the schedule stands at 1. All of Muon's steps have the same size in the spectral norm, so its
-    rate is on another scale than AdamW's.
+    Each role has a group. A group has a `name`, and `initial_lr`, its learning rate where the schedule stands at 1.
+    Weight decay acts on matrices alone: a norm's scale has no reason to shrink. All of Muon's steps have the same size
+    in the spectral norm, so its rate is on another scale than AdamW's.
+
+    Args:
+        cfg: with a recipe.
+        ranks: for `Muon`.
     """
-    muon = [p for p in model.layers.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if not any(p is q for q in muon)]
+    roles: dict[str, list[Tensor]] = {"embedding": [], "output": [], "norm": [], "matrix": []}
+    for name, p in model.named_parameters():
+        if p.dim() != 2:
+            roles["norm"].append(p)
+        elif name.startswith("tok_embeddings"):
+            roles["embedding"].append(p)
+        else:
+            roles["output" if name.startswith("output") else "matrix"].append(p)
+    rates = {"embedding": cfg.embedding_lr, "output": cfg.output_lr, "norm": cfg.norm_lr, "matrix": cfg.max_lr}
+    matrices = roles.pop("matrix") if cfg.optimizer == "muon" else []
     groups = [
-        {"params": [p for p in rest if p.dim() == 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
+        {"name": role, "params": params, "lr": rates[role], "weight_decay": cfg.weight_decay if role != "norm" else 0.0}
+        for role, params in roles.items()
+        if params  # tied embeddings are the embedding
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.max_lr, betas=cfg.betas, fused=True)]
-    if muon:
-        optimizers.append(Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=cfg.betas, fused=True)]
+    if matrices:
+        group = {"name": "muon", "params": matrices}
+        dtype = getattr(torch, cfg.dtype)
+        optimizers.append(Muon([group], cfg.muon_lr, cfg.weight_decay, dtype=dtype, ranks=ranks))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
 
 
+# ---------------------------------------------------------------- schedules
+
+
 def lr_factor(step: int, cfg: Config) -> float:
-    """Share of the peak learning rate for update `step` (1 to max_steps).
+    """Share of the peak learning rates for update `step` (1 to max_steps).
 
     "cosine" (arXiv 1608.03983): linear warm-up, then half a cosine down to `min_lr_fraction` at the last step. "wsd"
-    (arXiv 2404.06395): warm-up, stable at 1, then linear decay over the last `decay_fraction` of the steps.
+    (arXiv 2404.06395): warm-up, stable at 1, then linear decay over the last `decay_fraction` of the steps. It would
+    reach `min_lr_fraction` one step after the last: an update at a rate of 0 would be lost.
     """
-    if step < cfg.warmup_steps:
-        return step / cfg.warmup_steps
+    warm = min(1.0, step / max(1, cfg.warmup_steps))
     if cfg.schedule == "cosine":
-        progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+        progress = max(0, step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
         share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     else:
-        share = min(1.0, (cfg.max_steps - step) / max(1, cfg.decay_fraction * cfg.max_steps))
-    return cfg.min_lr_fraction + (1 - cfg.min_lr_fraction) * share
+        share = min(1.0, (cfg.max_steps + 1 - step) / (cfg.decay_fraction * cfg.max_steps + 1))
+    return min(warm, cfg.min_lr_fraction + (1 - cfg.min_lr_fraction) * share)
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Set the learning rate of every group to `factor` of its peak."""
+def peak_of(cfg: Config) -> float:
+    """The highest `lr_factor` of a run: below 1 where the warm-up outlasts the run, or overlaps with the decay."""
+    steps = range(1, cfg.max_steps, max(1, cfg.max_steps // 1000))  # near enough
+    return max(lr_factor(step, cfg) for step in (*steps, cfg.max_steps))
+
+
+def momentum(step: int, cfg: Config) -> float:
+    """Muon's momentum for update `step`: it rises from 0.85 to 0.95 in a straight line.
+
+    Early gradients soon point elsewhere, so a long memory of them would mislead. The source is modded-nanogpt, which
+    takes 300 steps.
+    """
+    return 0.85 + 0.10 * min(1.0, step / 300)
+
+
+def set_schedules(optimizers: list[torch.optim.Optimizer], step: int, cfg: Config) -> dict[str, float]:
+    """Set what update `step` needs in every group. Returns the learning rates by role, for the records."""
+    factor, rates = lr_factor(step, cfg), {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["initial_lr"]
+            rates[group["name"]] = group["lr"]
+            if "momentum" in group:
+                group["momentum"] = momentum(step, cfg)
+    return rates
 
 
 if __name__ == "__main__":

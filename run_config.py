@@ -14,6 +14,7 @@ from environment import environment_errors
 from flags import Flag, field_types, read_flags, split_flags
 from hardware import dtype_name, fastest_dtype
 from model_folders import find_checkpoint, read_model_config
+from optimizers import peak_of, with_recipe
 from shards import is_prepared, read_manifest
 from tokenizer import VOCAB_SIZES
 
@@ -146,7 +147,7 @@ def read_config(
     flags = split_flags(args, types)
     given, name = {flag.name for flag in flags}, name_in_force(flags, configs)
     others = " and ".join(f"--config {other}" for other in configs if other != name)
-    description += f"\n\nThe defaults below are those of --config {name}; {others} has its own."
+    description += f"\n\nThe defaults below are those of --config {name}; {others} have their own."
     cfg, wrong = read_flags(flags, replace(configs[name], config=name), types, description)
     if "config" not in wrong and cfg.config not in configs:
         wrong["config"] = f"config={shown(cfg.config)}: must be {' or '.join(configs)}"
@@ -171,6 +172,12 @@ def read_config(
         say(line)
     if cfg.dtype == "auto":  # the records of a run say which dtype it was
         cfg = replace(cfg, dtype=dtype_name(fastest_dtype(local_device(cfg.device))))
+    cfg = with_recipe(cfg)
+    if cfg.warmup_steps and (peak := peak_of(cfg)) < 0.99:
+        say(
+            f"the learning rates reach only {peak:.0%} of their peaks, because warmup_steps={cfg.warmup_steps} of "
+            f"max_steps={cfg.max_steps} leaves no room; leave --warmup_steps out, and it follows the length of the run"
+        )
     return cfg
 
 

@@ -151,25 +151,6 @@ def read_about(path: Path) -> dict[str, Any]:
     return found
 
 
-def with_muon(rows: list[dict], fields: dict) -> list[dict]:
-    """The rows, where those with "lr" also have "muon_lr" if the run's matrices are trained by Muon.
-
-    A row holds AdamW's learning rate. All groups share a schedule, so Muon's is the same share of its own peak. A run
-    that went on with other settings has a row that names the old ones, so walk back from its configuration now.
-    """
-    fields, found = dict(fields), []
-    for row in reversed(rows):
-        lr, (peak, muon) = row.get("lr"), (fields.get(name) for name in ("max_lr", "muon_lr"))
-        if fields.get("optimizer") == "muon" and all(map(is_number, (lr, peak, muon))) and peak:
-            row = row | {"muon_lr": lr / peak * muon}
-        changes = row.get("config_change")
-        for name, change in changes.items() if isinstance(changes, dict) else ():
-            if isinstance(change, list) and change:
-                fields[name] = change[0]
-        found.append(row)
-    return found[::-1]
-
-
 def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
     """Read run directories, with or without the other files. Raises ValueError without metrics.jsonl."""
     runs, names = [], [Path(folder).resolve().name for folder in run_dirs]
@@ -188,7 +169,7 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
         run = Run(
             index=i,
             name=names[i] if names.count(names[i]) == 1 else str(folder),
-            rows=with_muon(rows, fields),
+            rows=rows,
             config={k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in fields.items()},
             about=read_about(folder / "run.json"),
             sample=re.split(r"^===== (?=step \d+$)", samples, flags=re.MULTILINE)[-1],  # records.py heads them

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from common import ATTENTION, DEVICE, SHAPES, Worker, hugging_face, medians, report, take_turns, try_ways
@@ -25,12 +24,10 @@ from common import ATTENTION, DEVICE, SHAPES, Worker, hugging_face, medians, rep
 from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from model import ModelConfig, Transformer
 from model_utils import MixedPrecision, autocast, compile_blocks, flops_per_token, place_model
-from optimizers import build_optimizers
 
 # How each way compiles: the end of its name, and what torch.compiler.set_stance takes
 STANCES = {", compiled": "default", "": "force_eager"}
-# The settings of train.py
-ADAMW = SimpleNamespace(optimizer="adamw", max_lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+ADAMW = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}  # the settings of `--optimizer adamw`
 
 
 def make_update(
@@ -86,9 +83,9 @@ def ours(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes:
     keep_freed_memory()  # as train.py does
     model = place_model(Transformer(config), DEVICE)
     compile_blocks(model)
-    optimizers = build_optimizers(model, ADAMW)
-    losses = {dtype: MixedPrecision(model, getattr(torch, dtype), optimizers) for dtype in dtypes}
-    update = make_update(*optimizers, losses, config, shape, accumulation)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    losses = {dtype: MixedPrecision(model, getattr(torch, dtype), [optimizer]) for dtype in dtypes}
+    update = make_update(optimizer, losses, config, shape, accumulation)
     return ways(update, {dtype: f"ours, {dtype}" for dtype in dtypes}, STANCES, steps)
 
 
@@ -114,7 +111,7 @@ def theirs(
             return compiled(tokens, targets)
 
     losses = {dtype: partial(loss_of, dtype) for dtype in dtypes}
-    update = make_update(*build_optimizers(model, ADAMW), losses, config, shape, accumulation)
+    update = make_update(torch.optim.AdamW(model.parameters(), **ADAMW), losses, config, shape, accumulation)
     return ways(update, {dtype: f"Hugging Face, {dtype}, {attention}" for dtype in dtypes}, [how], steps)
 
 

@@ -2,19 +2,35 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from test_model_utils import TIED, TINY
 
+from config import Config
 from model import Transformer
-from optimizers import Muon, build_optimizers, lr_factor, orthogonalise
+from optimizers import (
+    RECIPES,
+    Muon,
+    build_optimizers,
+    lr_factor,
+    momentum,
+    orthogonalise,
+    peak_of,
+    set_schedules,
+    with_recipe,
+)
 from train import ORIGINAL
 
 
-def factor(step: int, **changes) -> float:
+def schedule(**changes) -> Config:
     fields = {"schedule": "cosine", "warmup_steps": 10, "max_steps": 110, "min_lr_fraction": 0.1, "decay_fraction": 0.2}
-    return lr_factor(step, replace(ORIGINAL, **(fields | changes)))
+    return replace(ORIGINAL, **(fields | changes))
+
+
+def factor(step: int, **changes) -> float:
+    return lr_factor(step, schedule(**changes))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +50,16 @@ def test_cosine_schedule_equals_the_one_worked_out_by_hand(step, expected):
 
 
 @pytest.mark.parametrize(
-    ("step", "expected"), [(1, 0.1), (10, 1.0), (50, 1.0), (80, 1.0), (90, 0.55), (99, 0.145), (100, 0.1)]
+    ("step", "expected"),
+    [
+        (1, 0.1),
+        (10, 1.0),
+        (50, 1.0),
+        (80, 1.0),
+        (90, 0.1 + 0.9 * 11 / 21),
+        (99, 0.1 + 0.9 * 2 / 21),
+        (100, 0.1 + 0.9 / 21),
+    ],
 )
 def test_wsd_schedule_equals_the_one_worked_out_by_hand(step, expected):
     assert factor(step, schedule="wsd", max_steps=100) == pytest.approx(expected)
@@ -44,7 +69,28 @@ def test_wsd_schedule_equals_the_one_worked_out_by_hand(step, expected):
 def test_schedule_works_without_warm_up_and_for_a_single_step(schedule):
     assert factor(1, schedule=schedule, warmup_steps=0, max_steps=1000) == pytest.approx(1, abs=1e-4)
     assert 0 < factor(1, schedule=schedule, warmup_steps=0, max_steps=1) <= 1
-    assert factor(5, schedule=schedule, warmup_steps=10, max_steps=5) == 0.5  # a smoke run that ends in its warm-up
+    assert factor(1, schedule="wsd", warmup_steps=0, max_steps=1, min_lr_fraction=0.0, decay_fraction=0.6) == 0.625
+    assert factor(5, schedule="cosine", warmup_steps=10, max_steps=5) == 0.5  # a smoke run that ends in its warm-up
+
+
+def test_rate_does_not_jump_where_warm_up_and_decay_overlap():
+    rates = [factor(s, schedule="wsd", warmup_steps=500, max_steps=700, decay_fraction=1.0) for s in range(1, 701)]
+    assert max(abs(b - a) for a, b in pairwise(rates)) < 0.01
+    assert max(rates) == pytest.approx(0.608, abs=0.001)  # s / 500 = 0.1 + 0.9 (700 - s) / 700 at s = 304
+
+
+@pytest.mark.parametrize(
+    ("changes", "peak"),
+    [
+        ({}, 1.0),
+        ({"schedule": "wsd", "max_steps": 100}, 1.0),
+        ({"warmup_steps": 220}, 0.5),  # the run ends in the middle of its warm-up
+        ({"schedule": "wsd", "warmup_steps": 100, "max_steps": 100, "decay_fraction": 1.0, "min_lr_fraction": 0}, 0.5),
+        ({"max_steps": 1_000_000, "warmup_steps": 2_000_000}, 0.5),
+    ],
+)
+def test_peak_of_a_schedule_equals_the_one_worked_out_by_hand(changes, peak):
+    assert peak_of(schedule(**changes)) == pytest.approx(peak, abs=0.002)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -53,13 +99,67 @@ def test_learning_rates_are_plain_floats(schedule):
     assert {type(factor(step, schedule=schedule)) for step in (1, 10, 60, 110)} == {float}
 
 
+# ---------------------------------------------------------------- recipes
+
+
+def recipe(**changes) -> Config:
+    return with_recipe(replace(ORIGINAL, dtype="float32", **changes))
+
+
+def test_adamw_alone_restores_the_recipe_of_gpt_3_small():
+    cfg = recipe(optimizer="adamw")
+    assert {cfg.max_lr, cfg.embedding_lr, cfg.output_lr, cfg.norm_lr} == {6e-4} and cfg.muon_lr is None
+    assert (cfg.betas, cfg.weight_decay, cfg.grad_clip) == ((0.9, 0.95), 0.1, 1.0)
+    assert (cfg.schedule, cfg.warmup_steps, cfg.max_steps, cfg.min_lr_fraction) == ("cosine", 715, 19_073, 0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_recipe_leaves_no_field_open_and_keeps_what_is_given(optimizer):
+    names = [*RECIPES[optimizer], "embedding_lr", "output_lr", "norm_lr", "warmup_steps"]
+    names = [name for name in dict.fromkeys(names) if name != "warmup_fraction"]
+    assert all(getattr(ORIGINAL, name) is None for name in names)
+    assert None not in [getattr(recipe(optimizer=optimizer), name) for name in names]
+    given = dict.fromkeys(names, 0.25) | {"betas": (0.1, 0.2), "schedule": "cosine", "warmup_steps": 0}
+    cfg = recipe(optimizer=optimizer, **given)
+    assert {name: getattr(cfg, name) for name in given} == given
+
+
+def test_warm_up_follows_the_length_of_the_run_and_ends_before_the_decay_begins():
+    for optimizer in RECIPES:
+        share = RECIPES[optimizer]["warmup_fraction"]
+        assert recipe(optimizer=optimizer, max_steps=1000).warmup_steps == round(1000 * share) > 0
+        assert recipe(optimizer=optimizer, max_steps=6).warmup_steps <= 1
+        assert recipe(optimizer=optimizer, max_steps=1000, warmup_steps=300).warmup_steps == 300
+        for max_steps in (20, 100, 19_073):
+            assert peak_of(recipe(optimizer=optimizer, max_steps=max_steps)) > 0.99
+    assert recipe(optimizer="muon", max_steps=1000, decay_fraction=1.0).warmup_steps == 0
+    assert recipe(optimizer="muon", max_steps=1000, decay_fraction=0.99).warmup_steps == 10
+
+
+def test_single_rate_of_adamw_moves_all_that_has_no_rate_of_its_own():
+    cfg = recipe(optimizer="muon", max_lr=0.25, norm_lr=0.5)
+    assert (cfg.embedding_lr, cfg.output_lr, cfg.norm_lr) == (0.25, 0.25, 0.5)
+    assert cfg.muon_lr == recipe(optimizer="muon").muon_lr
+
+
+def test_rates_follow_the_width():
+    narrow, wide = (recipe(optimizer="muon", model=replace(ORIGINAL.model, dim=dim)) for dim in (192, 768))
+    assert narrow.output_lr == pytest.approx(4 * wide.output_lr)
+    assert (narrow.embedding_lr, narrow.norm_lr, narrow.muon_lr) == (wide.embedding_lr, wide.norm_lr, wide.muon_lr)
+
+
+# ---------------------------------------------------------------- groups
+
+RATES = {"embedding_lr": 0.3, "output_lr": 0.02, "norm_lr": 0.01, "muon_lr": 0.04, "max_lr": 1e-3, "weight_decay": 0.1}
+
+
 def groups_by_name(model: Transformer, **changes) -> list[tuple[str, set[str], dict]]:
     """(optimizer, names of the parameters, the group) for every group."""
-    fields = {"optimizer": "adamw", "max_lr": 1e-3, "muon_lr": 0.02, "weight_decay": 0.1, "betas": (0.9, 0.95)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    fields = {"optimizer": "muon", "betas": (0.9, 0.95)} | RATES | changes
     return [
         (type(optimizer).__name__, {names[id(p)] for p in group["params"]}, group)
-        for optimizer in build_optimizers(model, replace(ORIGINAL, **(fields | changes)))
+        for optimizer in build_optimizers(model, recipe(**fields))
         for group in optimizer.param_groups
     ]
 
@@ -84,21 +184,47 @@ def test_weight_decay_acts_only_on_matrices(optimizer):
     assert not [name for name in decayed if "norm" in name]
 
 
-def test_muon_moves_exactly_the_matrices_of_the_blocks():
-    model = Transformer(TINY)
-    groups = groups_by_name(model, optimizer="muon")
-    muon = set().union(*(names for kind, names, _ in groups if kind == "Muon"))
-    matrices = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
-    matrices += ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-    assert muon == {f"layers.{i}.{name}.weight" for i in (0, 1) for name in matrices}
-    assert {kind for kind, _, _ in groups_by_name(model, optimizer="adamw")} == {"AdamW"}
+MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
+MATRICES += ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+MATRICES = {f"layers.{i}.{name}.weight" for i in (0, 1) for name in MATRICES}
 
 
-def test_each_group_knows_the_peak_of_its_own_learning_rate():
-    for kind, _, group in groups_by_name(Transformer(TINY), optimizer="muon"):
-        assert group["lr"] == group["initial_lr"] == (0.02 if kind == "Muon" else 1e-3)
-        if kind == "AdamW":
-            assert tuple(group["betas"]) == (0.9, 0.95)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_role_has_a_group_of_its_own_that_knows_the_peak_of_its_rate(optimizer):
+    found = {
+        group["name"]: (kind, names, group)
+        for kind, names, group in groups_by_name(Transformer(TINY), optimizer=optimizer)
+    }
+    of_matrices = "muon" if optimizer == "muon" else "matrix"
+    assert {name: names for name, (_, names, _) in found.items() if name != "norm"} == {
+        "embedding": {"tok_embeddings.weight"},
+        "output": {"output.weight"},
+        of_matrices: MATRICES,
+    }
+    assert found["norm"][1] == {name for name, p in Transformer(TINY).named_parameters() if p.dim() == 1}
+    rates = {"embedding": 0.3, "output": 0.02, "norm": 0.01, "muon": 0.04, "matrix": 1e-3}
+    for name, (kind, _, group) in found.items():
+        assert kind == ("Muon" if name == "muon" else "AdamW")
+        assert group["lr"] == group["initial_lr"] == rates[name]
+        assert kind == "Muon" or tuple(group["betas"]) == (0.9, 0.95)
+
+
+def test_tied_embeddings_have_the_group_of_the_embedding():
+    groups = {group["name"]: names for _, names, group in groups_by_name(Transformer(TIED))}
+    assert groups["embedding"] == {"tok_embeddings.weight"} and "output" not in groups
+
+
+def test_schedules_set_every_group_and_return_the_rates():
+    cfg = recipe(optimizer="muon", max_steps=100, schedule="wsd", warmup_steps=0, decay_fraction=0.5, **RATES)
+    cfg = replace(cfg, min_lr_fraction=0.0)
+    optimizers = build_optimizers(Transformer(TINY), cfg)
+    rates = set_schedules(optimizers, 75, cfg)
+    peaks = {"embedding": 0.3, "output": 0.02, "norm": 0.01, "muon": 0.04}
+    assert rates == pytest.approx({name: peak * 26 / 51 for name, peak in peaks.items()})
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            assert group["lr"] == rates[group["name"]]
+            assert group.get("momentum", momentum(75, cfg)) == momentum(75, cfg)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8), (1, 16, 16)])
@@ -132,3 +258,45 @@ def test_muon_takes_the_same_steps_as_torchs_muon(monkeypatch, largest_batch):
             optimizer.step()
     for p, q, before in zip(ours, theirs, start, strict=True):
         assert (p - q).norm() < 0.01 * (q - before).norm()
+
+
+SHAPES = [(16, 24), (40, 16), (16, 24), (16, 24), (16, 16), (24, 16)]  # shares of 2 and 1; and of 1 and none
+
+
+def matrices_after_updates(rank: int, world_size: int, folder: str) -> dict[torch.dtype, list[torch.Tensor]]:
+    """Four updates by Muon, in two dtypes, as one of `world_size` processes. Their result is in `folder` too."""
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+        optimizer = Muon(params, lr=0.02, weight_decay=0.1, dtype=dtype, ranks=(rank, world_size))
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        results[dtype] = [p.detach() for p in params]
+    torch.save(results, f"{folder}/{rank}.pt")
+    return results
+
+
+def test_processes_that_share_muons_work_take_the_same_steps_to_the_last_bit(tmp_path):
+    alone = matrices_after_updates(0, 1, str(tmp_path))
+    torch.multiprocessing.spawn(matrices_after_updates, (2, str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        shared = torch.load(tmp_path / f"{rank}.pt")
+        for dtype, matrices in alone.items():
+            assert all(map(torch.equal, matrices, shared[dtype]))
+
+
+def test_muons_products_have_the_dtype_that_it_is_given(monkeypatch):
+    seen = []
+    monkeypatch.setattr("optimizers.orthogonalise", lambda x: seen.append(x.dtype) or orthogonalise(x))
+    for dtype in ("float32", "bfloat16"):
+        model = Transformer(TINY)
+        muon = build_optimizers(model, with_recipe(replace(ORIGINAL, optimizer="muon", dtype=dtype)))[1]
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        muon.step()
+    assert set(seen[: len(seen) // 2]) == {torch.float32} and set(seen[len(seen) // 2 :]) == {torch.bfloat16}

@@ -25,7 +25,7 @@ CONFIG = {
     "model": {"dim": 64, "ffn_dim_multiplier": None},
 }
 PLOTS = [
-    *("Loss", "Validation", "sample continuations acc_norm", "sample continuations acc", "Learning rate of AdamW"),
+    *("Loss", "Validation", "sample continuations acc_norm", "sample continuations acc", "Learning rate"),
     *("Gradient norm", "Throughput", "MFU"),
 ]
 
@@ -194,16 +194,6 @@ def test_a_repeated_step_counts_once_and_rows_of_resumes_are_sorted(tmp_path):
     rows = [{"step": s, "tokens": 10 * s, "train_loss": v} for s, v in ((1, 9.0), (2, 8.0), (3, 7.0), (2, 6.0))]
     (line,) = plots_of(page_of(write_run(tmp_path / "run", rows)))["Loss"]["lines"]
     assert line["columns"][0] == [1, 2, 3] and line["columns"][3] == [9, 6, 7]
-
-
-def test_each_group_has_its_own_learning_rate_also_where_settings_changed(tmp_path):
-    rows = [{"step": s, "tokens": s, "lr": 0.01 * s} for s in (1, 2)]
-    rows.append({"step": 2, "tokens": 2, "config_change": {"max_lr": [0.02, 0.04], "muon_lr": [0.1, 0.3]}})
-    rows += [{"step": s, "tokens": s, "lr": 0.01 * s} for s in (3, 4)]
-    config = {"optimizer": "muon", "max_lr": 0.04, "muon_lr": 0.3}
-    plots = plots_of(page_of(write_run(tmp_path / "run", rows, config=config)))
-    assert plots["Learning rate of AdamW"]["lines"][0]["columns"][3] == [0.01, 0.02, 0.03, 0.04]
-    assert plots["Learning rate of Muon"]["lines"][0]["columns"][3] == pytest.approx([0.05, 0.1, 0.225, 0.3])
 
 
 def test_updates_that_were_left_out_are_marked_and_named(tmp_path):

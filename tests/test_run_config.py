@@ -10,6 +10,7 @@ import pytest
 from tiny_run import TRAIN, plain_environment
 
 from config import Config, config_as_dict
+from optimizers import with_recipe
 from run_config import read_config
 from shards import SHARD_FORMAT_VERSION
 from train import CONFIGS, ORIGINAL, SAMPLE
@@ -55,16 +56,17 @@ def refusal(*args: str) -> list[str]:
 
 def test_without_data_the_sample_is_in_force_and_one_line_says_how_to_get_the_original():
     assert read()[0].data_root == SAMPLE.data_root
-    assert read() == (replace(SAMPLE, config="sample", device="cpu", dtype="float32"), [HINT])
+    assert read() == (with_recipe(replace(SAMPLE, config="sample", device="cpu", dtype="float32")), [HINT])
 
 
 def test_with_data_the_original_is_in_force_and_the_sample_by_its_name():
     prepared(ORIGINAL.data_root, ORIGINAL.model.vocab_size)
     cfg, said = read()
-    assert cfg == replace(ORIGINAL, config="original", device="cpu", dtype="float32", hellaswag_every=0)
+    original = replace(ORIGINAL, config="original", device="cpu", dtype="float32", hellaswag_every=0)
+    assert cfg == with_recipe(original)
     assert said == ["configuration: original", NO_HELLASWAG]
     assert read("--config", "sample") == (
-        replace(SAMPLE, config="sample", device="cpu", dtype="float32"),
+        with_recipe(replace(SAMPLE, config="sample", device="cpu", dtype="float32")),
         ["configuration: sample"],
     )
     assert read("--config=original")[0] == cfg
@@ -74,6 +76,24 @@ def test_with_data_the_original_is_in_force_and_the_sample_by_its_name():
 def test_the_original_without_its_data_is_refused_with_the_command_that_prepares_it(flags):
     """Weights of another model are not for the sample either."""
     assert NO_DATA in refusal(*flags)
+
+
+def test_rates_that_never_reach_their_peaks_are_said():
+    flags = ("--config", "sample", "--max_steps", "6")
+    assert read(*flags)[1] == ["configuration: sample"]
+    _, said = read(*flags, "--warmup_steps", "715")
+    assert len(said) == 2 and said[1].startswith(
+        "the learning rates reach only 1% of their peaks, because warmup_steps=715"
+    )
+    _, said = read("--config", "sample", "--max_steps", "100", "--warmup_steps", "50", "--decay_fraction", "1")
+    assert "reach only 67% of their peaks" in said[1]
+    assert read("--config", "sample", "--warmup_steps", "100")[1] == ["configuration: sample"]
+
+
+def test_a_rate_of_muon_is_refused_where_there_is_none():
+    assert refusal("--config", "sample", "--optimizer", "adamw", "--muon_lr", "0.1") == [
+        "muon_lr=0.1: optimizer=adamw has no Muon; give max_lr, or leave it out"
+    ]
 
 
 def test_a_further_configuration_is_one_entry():
