@@ -146,8 +146,7 @@ def read_config(
     types = dict(field_types(Config))
     flags = split_flags(args, types)
     given, name = {flag.name for flag in flags}, name_in_force(flags, configs)
-    others = " and ".join(f"--config {other}" for other in configs if other != name)
-    description += f"\n\nThe defaults below are those of --config {name}; {others} have their own."
+    description += f"\n\nThe defaults below are those of --config {name}; others have their own."
     cfg, wrong = read_flags(flags, replace(configs[name], config=name), types, description)
     if "config" not in wrong and cfg.config not in configs:
         wrong["config"] = f"config={shown(cfg.config)}: must be {' or '.join(configs)}"

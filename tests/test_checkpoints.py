@@ -30,7 +30,7 @@ from config import config_as_dict
 from model import Transformer
 from model_folders import best_in, checkpoints_in, find_checkpoint, verify_checkpoint
 from model_utils import load_model
-from optimizers import build_optimizers
+from optimizers import build_optimizers, with_recipe
 from train import ORIGINAL
 
 
@@ -47,8 +47,7 @@ class Windows:
 def trained(optimizer: str = "adamw", config=TINY) -> tuple[TrainState, object]:
     """A run after two updates, and its configuration."""
     torch.manual_seed(0)
-    fields = {"max_lr": 1e-3, "muon_lr": 0.02, "weight_decay": 0.1, "betas": (0.9, 0.95)}
-    cfg = replace(ORIGINAL, optimizer=optimizer, model=config, **fields)
+    cfg = with_recipe(replace(ORIGINAL, optimizer=optimizer, model=config, dtype="float32"))
     model = Transformer(config)
     optimizers = build_optimizers(model, cfg)
     for _ in range(2):

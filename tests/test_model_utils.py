@@ -18,7 +18,7 @@ from model_utils import (
     flops_per_token,
     wrap_model,
 )
-from optimizers import build_optimizers
+from optimizers import build_optimizers, with_recipe
 from processes import Process
 from train import ORIGINAL
 
@@ -122,7 +122,8 @@ def test_the_forward_pass_after_an_update_sees_the_update(optimizer):
     """Fused AdamW changes a parameter without raising its version counter. The casts must still be made anew."""
     torch.manual_seed(0)
     model, tokens = Transformer(TINY), torch.randint(512, (2, 16))
-    optimizers = build_optimizers(model, replace(ORIGINAL, optimizer=optimizer, max_lr=0.01, muon_lr=0.1))
+    cfg = replace(ORIGINAL, optimizer=optimizer, dtype="bfloat16", max_lr=0.01)
+    optimizers = build_optimizers(model, with_recipe(cfg))
     mixed, losses = MixedPrecision(model, torch.bfloat16, optimizers), []
     for _ in range(3):
         losses.append(mixed(tokens, tokens))

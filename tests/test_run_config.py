@@ -86,7 +86,7 @@ def test_rates_that_never_reach_their_peaks_are_said():
         "the learning rates reach only 1% of their peaks, because warmup_steps=715"
     )
     _, said = read("--config", "sample", "--max_steps", "100", "--warmup_steps", "50", "--decay_fraction", "1")
-    assert "reach only 67% of their peaks" in said[1]
+    assert "reach only 66% of their peaks" in said[1]
     assert read("--config", "sample", "--warmup_steps", "100")[1] == ["configuration: sample"]
 
 
@@ -103,12 +103,12 @@ def test_a_further_configuration_is_one_entry():
     prepared("data/web", 8192)
     cfg = read_config(["--config", "further", "--hellaswag_every", "0"], CONFIGS | {"further": further})
     assert (cfg.data_root, cfg.config) == ("data/web", "further")
-    with pytest.raises(ValueError, match="config=other: must be original or sample or further"):
+    with pytest.raises(ValueError, match="config=other: must be original or recommended or sample or further"):
         read_config(["--config", "other"], CONFIGS | {"further": further})
 
 
 def test_a_name_that_does_not_exist_is_all_that_is_refused():
-    assert refusal("--config", "orignal") == ["config=orignal: must be original or sample"]
+    assert refusal("--config", "orignal") == ["config=orignal: must be original or recommended or sample"]
     assert refusal("--config") == ["config: has no value; it must be one text, in quotes if it has spaces"]
 
 

@@ -265,6 +265,7 @@ def tuned(flags_for, tmp_path_factory) -> Path:
     """4 steps with Muon, and with flags that differ from their defaults. Validation reads 5 windows, 2 at a time."""
     out_dir = tmp_path_factory.mktemp("tuned") / "run"
     changes = {"optimizer": "muon", "muon_lr": 0.03, "max_lr": 0.02, "betas": ["0.7", "0.8"], "weight_decay": 0.3}
+    changes["embedding_lr"] = 0.3
     changes |= {"schedule": "wsd", "decay_fraction": 0.75, "min_lr_fraction": 0.1, "warmup_steps": 0, "max_steps": 4}
     changes |= {"save_every": 2, "val_every": 0, "val_tokens": 160, "generate_every": 4, "temperature": 0}
     with settings_of_updates() as settings:
@@ -683,6 +684,7 @@ def test_rows_of_metrics_count_completed_steps(whole):
     rows = rows_of(whole)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     fields = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_sec", "mfu"}
+    fields |= {"embedding_lr", "output_lr", "norm_lr"}
     for row in rows:
         assert row.keys() >= fields and all(math.isfinite(row[name]) for name in fields)
         assert row["tokens"] == row["step"] * TOKENS_PER_STEP
@@ -694,29 +696,34 @@ def test_rows_of_metrics_count_completed_steps(whole):
 
 def test_optimizer_steps_with_the_learning_rate_of_the_row(whole):
     settings = json.loads((whole.parent / "settings.json").read_text())
-    assert len(settings) == 2 * STEPS  # AdamW has two groups of parameters
-    for row, groups in zip(rows_of(whole), zip(settings[::2], settings[1::2], strict=True), strict=True):
-        assert {group["lr"] for _, group in groups} == {row["lr"]}
+    groups = 4  # a role each
+    assert len(settings) == groups * STEPS
+    for i, row in enumerate(rows_of(whole)):
+        assert {group["lr"] for _, group in settings[groups * i : groups * (i + 1)]} == {row["lr"]}
+        assert {row[f"{role}_lr"] for role in ("embedding", "output", "norm")} == {row["lr"]} and "muon_lr" not in row
 
 
 def test_flags_set_the_schedule_and_its_decay_fraction(tuned):
-    """The rate falls in a straight line over 3 of the 4 steps, to a tenth of the peak."""
-    assert [row["lr"] for row in rows_of(tuned)] == pytest.approx([0.02, 0.7 * 0.02, 0.4 * 0.02, 0.1 * 0.02])
+    """The rate falls in a straight line over 3 of the 4 steps. It would be a tenth of the peak one step later."""
+    assert [row["lr"] for row in rows_of(tuned)] == pytest.approx([factor * 0.03 for factor in FACTORS])
 
 
-def test_muon_has_its_own_learning_rate_on_the_same_schedule(tuned):
+FACTORS = [1.0, 0.775, 0.55, 0.325]
+
+
+def test_each_role_has_its_own_learning_rate_on_the_same_schedule(tuned):
     settings = json.loads((tuned.parent / "settings.json").read_text())
-    rates = {name: [group["lr"] for kind, group in settings if kind == name] for name in ("AdamW", "Muon")}
-    factors = [1.0, 0.7, 0.4, 0.1]
-    assert rates["AdamW"] == pytest.approx([factor * 0.02 for factor in factors for _ in range(2)])
-    assert rates["Muon"] == pytest.approx([factor * 0.03 for factor in factors])
+    for role, kind, peak in (("embedding", "AdamW", 0.3), ("output", "AdamW", 0.02), ("muon", "Muon", 0.03)):
+        rates = [group["lr"] for name, group in settings if (name, group["name"]) == (kind, role)]
+        assert rates == pytest.approx([factor * peak for factor in FACTORS])
+        assert [row[f"{role}_lr"] for row in rows_of(tuned)] == rates
 
 
 def test_flags_set_the_betas_and_the_weight_decay(tuned):
     settings = json.loads((tuned.parent / "settings.json").read_text())
-    assert [group["betas"] for kind, group in settings if kind == "AdamW"] == [[0.7, 0.8]] * 8
+    assert [group["betas"] for kind, group in settings if kind == "AdamW"] == [[0.7, 0.8]] * 12
     decays = [group["weight_decay"] for kind, group in settings if kind == "AdamW"]
-    assert decays == [0.3, 0] * 4  # matrices, the rest
+    assert decays == [0.3, 0.3, 0] * 4  # embedding, output layer, norms
     assert [group["weight_decay"] for kind, group in settings if kind == "Muon"] == [0.3] * 4
 
 

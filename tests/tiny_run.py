@@ -57,6 +57,7 @@ def tiny_flags(corpus: Path, questions: Path, out_dir: Path, **changes: Any) -> 
         "batch_size": 2,
         "total_batch_size": TOKENS_PER_STEP,  # 4 micro-steps on one process, 2 on two
         "max_steps": STEPS,
+        "optimizer": "adamw",
         "warmup_steps": 4,
         "max_lr": 1e-3,
         "device": "cpu",
