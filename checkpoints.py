@@ -196,11 +196,11 @@ def ways_back(folder: Path) -> str:
     """The checkpoints of a run, newest first, and how to go on from an older one, for the message of a broken run."""
     there, best = checkpoints_in(folder)[::-1], best_in(folder)
     if not there:
-        return "there is no checkpoint; start again with a lower max_lr"
+        return "there is no checkpoint; start again with lower learning rates (max_lr, muon_lr)"
     names = ", ".join(f"{path}{' (best)' if path == best else ''}" for path in there)
     return (
         f"checkpoints, newest first: {names}. Where the loss had risen for a while, the newest may be spoilt too: go "
-        "on from an older one with --resume PATH, a lower --max_lr and --allow_config_change"
+        "on from an older one with --resume PATH, lower rates (--max_lr, --muon_lr) and --allow_config_change"
     )
 
 

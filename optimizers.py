@@ -57,9 +57,8 @@ def with_recipe(cfg: Config) -> Config:
     warmup_fraction = values.pop("warmup_fraction")
     if "output_lr" in values:
         values["output_lr"] *= WIDTH / cfg.model.dim
-    if cfg.optimizer == "adamw" or cfg.max_lr is not None:
-        max_lr = cfg.max_lr if cfg.max_lr is not None else values["max_lr"]
-        values |= dict.fromkeys(("embedding_lr", "output_lr", "norm_lr"), max_lr)
+    if cfg.max_lr is not None:  # it stands for each of these that is not given
+        values |= dict.fromkeys(("embedding_lr", "output_lr", "norm_lr"))
     cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
     if cfg.warmup_steps is None:
         room = 1 - cfg.decay_fraction if cfg.schedule == "wsd" else 1.0  # a warm-up ends before the decay begins
@@ -172,10 +171,15 @@ def build_optimizers(model: Transformer, cfg: Config, ranks: tuple[int, int] = (
             roles["embedding"].append(p)
         else:
             roles["output" if name.startswith("output") else "matrix"].append(p)
-    rates = {"embedding": cfg.embedding_lr, "output": cfg.output_lr, "norm": cfg.norm_lr, "matrix": cfg.max_lr}
+    rates = {"embedding": cfg.embedding_lr, "output": cfg.output_lr, "norm": cfg.norm_lr}
     matrices = roles.pop("matrix") if cfg.optimizer == "muon" else []
     groups = [
-        {"name": role, "params": params, "lr": rates[role], "weight_decay": cfg.weight_decay if role != "norm" else 0.0}
+        {
+            "name": role,
+            "params": params,
+            "lr": cfg.max_lr if rates.get(role) is None else rates[role],
+            "weight_decay": 0.0 if role == "norm" else cfg.weight_decay,
+        }
         for role, params in roles.items()
         if params  # tied embeddings are the embedding
     ]

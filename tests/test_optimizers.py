@@ -108,15 +108,15 @@ def recipe(**changes) -> Config:
 
 def test_adamw_alone_restores_the_recipe_of_gpt_3_small():
     cfg = recipe(optimizer="adamw")
-    assert {cfg.max_lr, cfg.embedding_lr, cfg.output_lr, cfg.norm_lr} == {6e-4} and cfg.muon_lr is None
+    groups = [group for optimizer in build_optimizers(Transformer(TINY), cfg) for group in optimizer.param_groups]
+    assert len(groups) == 4 and {group["lr"] for group in groups} == {6e-4} and cfg.muon_lr is None
     assert (cfg.betas, cfg.weight_decay, cfg.grad_clip) == ((0.9, 0.95), 0.1, 1.0)
     assert (cfg.schedule, cfg.warmup_steps, cfg.max_steps, cfg.min_lr_fraction) == ("cosine", 715, 19_073, 0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_recipe_leaves_no_field_open_and_keeps_what_is_given(optimizer):
-    names = [*RECIPES[optimizer], "embedding_lr", "output_lr", "norm_lr", "warmup_steps"]
-    names = [name for name in dict.fromkeys(names) if name != "warmup_fraction"]
+    names = [*(name for name in RECIPES[optimizer] if name != "warmup_fraction"), "warmup_steps"]
     assert all(getattr(ORIGINAL, name) is None for name in names)
     assert None not in [getattr(recipe(optimizer=optimizer), name) for name in names]
     given = dict.fromkeys(names, 0.25) | {"betas": (0.1, 0.2), "schedule": "cosine", "warmup_steps": 0}
@@ -138,8 +138,9 @@ def test_warm_up_follows_the_length_of_the_run_and_ends_before_the_decay_begins(
 
 def test_single_rate_of_adamw_moves_all_that_has_no_rate_of_its_own():
     cfg = recipe(optimizer="muon", max_lr=0.25, norm_lr=0.5)
-    assert (cfg.embedding_lr, cfg.output_lr, cfg.norm_lr) == (0.25, 0.25, 0.5)
-    assert cfg.muon_lr == recipe(optimizer="muon").muon_lr
+    groups = [group for optimizer in build_optimizers(Transformer(TINY), cfg) for group in optimizer.param_groups]
+    rates = {"embedding": 0.25, "output": 0.25, "norm": 0.5, "muon": recipe(optimizer="muon").muon_lr}
+    assert {group["name"]: group["lr"] for group in groups} == rates
 
 
 def test_rates_follow_the_width():
