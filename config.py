@@ -45,7 +45,7 @@ class Config:
     norm_lr: float | None = None  # peak of the norms' scales
     muon_lr: float | None = None  # peak of the blocks' matrices, on a scale of its own; with optimizer=muon alone
     betas: tuple[float, float] | None = None  # AdamW's decay of the first and second moments
-    weight_decay: float | None = None  # on matrices alone
+    weight_decay: float | None = None  # on matrices alone; with optimizer=muon on those of the blocks alone
     grad_clip: float  # largest norm of the whole gradient; 0 does not clip
 
     # Learning-rate schedule. None: the recipe's

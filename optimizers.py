@@ -31,32 +31,33 @@ RECIPES: dict[str, dict[str, Any]] = {
         "decay_fraction": 0.2,  # with wsd
     },
     "muon": {
-        "embedding_lr": 0.1,
-        "output_lr": 0.01,
-        "norm_lr": 0.01,
+        "embedding_lr": 0.15,
+        "output_lr": 0.02,  # at a width of WIDTH
+        "norm_lr": 0.003,
         "muon_lr": 0.02,
-        "betas": (0.9, 0.95),
-        "weight_decay": 0.0,
+        "betas": (0.8, 0.95),
+        "weight_decay": 0.1,
         "schedule": "wsd",
         "warmup_fraction": 0.05,
         "min_lr_fraction": 0.0,
-        "decay_fraction": 0.6,
+        "decay_fraction": 0.5,
     },
 }
-WIDTH = 256  # the dim at which RECIPES has the output layer's rate
+WIDTH = 256
 
 
 def with_recipe(cfg: Config) -> Config:
     """`cfg` with a value for each field of the optimizer and the schedule that is None.
 
-    AdamW moves each number by about its rate, so the logits of a wide model, sums over `dim` numbers, would move more.
-    So the output layer's rate falls with the width (muP, arXiv 2203.03466, table 8). Muon's steps have the same size
-    in the spectral norm at every width (arXiv 2310.17813), and the embedding is a look-up: neither needs it.
+    Muon's steps have the same size in the spectral norm at every width (arXiv 2310.17813), and the embedding is a
+    look-up, so their rates suit every width. The logits are sums over `dim` products. AdamW moves each weight by about
+    its rate, so the logits of a wider model move more. So the output layer's rate falls with the root of the width.
+    (muP, arXiv 2203.03466, has the width itself. The root fitted better: docs/LOG.md.)
     """
     values = dict(RECIPES[cfg.optimizer])
     warmup_fraction = values.pop("warmup_fraction")
     if "output_lr" in values:
-        values["output_lr"] *= WIDTH / cfg.model.dim
+        values["output_lr"] *= (WIDTH / cfg.model.dim) ** 0.5
     if cfg.max_lr is not None:  # it stands for each of these that is not given
         values |= dict.fromkeys(("embedding_lr", "output_lr", "norm_lr"))
     cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
@@ -88,9 +89,12 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Each matrix's step is its momentum, in Nesterov's manner, made orthogonal.
 
-    Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024). The steps are those of
-    torch.optim.Muon, up to rounding. torch's goes matrix by matrix and always in bfloat16: on a CPU without bfloat16 it
-    takes longer than the rest of an update. Here matrices of one shape share their products.
+    Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024). Without weight decay the
+    steps are those of torch.optim.Muon, up to rounding. torch's goes matrix by matrix and always in bfloat16: on a CPU
+    without bfloat16 it takes longer than the rest of an update. Here matrices of one shape share their products.
+
+    Weight decay is cautious (arXiv 2510.12402): it shrinks only the numbers that the step makes smaller too. So it
+    never works against the gradient.
 
     Args:
         dtype: of the products.
@@ -125,7 +129,9 @@ class Muon(torch.optim.Optimizer):
                 for chunk in (params[i : i + n] for i in range(0, len(params), n)):
                     steps = self.share_out([self.nesterov(p, group["momentum"]) for p in chunk])
                     for p, step in zip(chunk, steps, strict=True):
-                        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-lr)
+                        if decay := group["lr"] * group["weight_decay"]:
+                            p.sub_(decay * p * (p * step > 0))
+                        p.add_(step, alpha=-lr)
 
     def nesterov(self, p: Tensor, momentum: float) -> Tensor:
         """Add the gradient of `p` to its momentum. Return the gradient that Nesterov's method expects next."""
@@ -156,8 +162,9 @@ def build_optimizers(model: Transformer, cfg: Config, ranks: tuple[int, int] = (
     """AdamW for all parameters; or Muon for the matrices of the blocks, and AdamW for the rest.
 
     Each role has a group. A group has a `name`, and `initial_lr`, its learning rate where the schedule stands at 1.
-    Weight decay acts on matrices alone: a norm's scale has no reason to shrink. All of Muon's steps have the same size
-    in the spectral norm, so its rate is on another scale than AdamW's.
+    Weight decay acts on matrices alone, because a norm's scale has no reason to shrink; with Muon, on the blocks'
+    matrices alone. All of Muon's steps have the same size in the spectral norm, so its rate is on another scale than
+    AdamW's.
 
     Args:
         cfg: with a recipe.
@@ -178,7 +185,7 @@ def build_optimizers(model: Transformer, cfg: Config, ranks: tuple[int, int] = (
             "name": role,
             "params": params,
             "lr": cfg.max_lr if rates.get(role) is None else rates[role],
-            "weight_decay": 0.0 if role == "norm" else cfg.weight_decay,
+            "weight_decay": 0.0 if role == "norm" or matrices else cfg.weight_decay,
         }
         for role, params in roles.items()
         if params  # tied embeddings are the embedding
