@@ -1,7 +1,10 @@
-"""benchmarks/: the tables that all.py writes, and the choice of the peer's fastest way. Nothing is measured here."""
+"""benchmarks/: the tables that all.py writes, the choice of the peer's fastest way, and what recipes.py asks of
+train.py. Nothing is measured here."""
 
 import importlib
+import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # last
 
 import common
 
-benchmarks = importlib.import_module("all")
+benchmarks, recipes = importlib.import_module("all"), importlib.import_module("recipes")
 ROW, OTHER_ROW = "generation, greedy", "generation, sampled"
 
 
@@ -159,3 +162,62 @@ def test_a_way_that_was_tried_has_had_its_first_turn(made, monkeypatch):
     workers, _ = common.try_ways([(make, {"a": [7, 11, 12]})])
     rows = common.take_turns([*workers, Worker({"ours": [5, 6]})], 2)
     assert {name: [row["seconds"] for row in r] for name, r in rows.items()} == {"a": [7, 12], "ours": [5, 6]}
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The flags of each run of train.py that recipes.py starts. A step takes half a second there, the first one 5."""
+    runs = []
+
+    def train(command, **_):
+        assert command[1] == str(recipes.TRAIN)
+        flags = {flag: value for flag, value in pairwise(command) if flag.startswith("--")}
+        runs.append(flags)
+        steps = int(flags["--max_steps"])
+        rows = [
+            {"train_loss": 3.0, "tokens": 1000 * s, "tokens_per_sec": 2000 if s > 1 else 200}
+            for s in range(1, steps + 1)
+        ]
+        rows.append({"val_loss": 2.0, "val_bpb": float(flags["--seed"]) if "--seed" in flags else 9.0})
+        Path(flags["--out_dir"], "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(recipes.subprocess, "run", train)
+    return runs
+
+
+def table(monkeypatch, capsys, *words: str) -> dict[str, dict]:
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "--data_root", "prose", "--json", *words])
+    recipes.main()
+    return json.loads(capsys.readouterr().out)["ways"]
+
+
+def test_recipes_take_turns_and_their_flags_stand_in_the_place_of_the_shapes(asked, monkeypatch, capsys):
+    words = (
+        "--recipes",
+        "nanoGPT",
+        "--try",
+        "--muon_lr 0.03",
+        "--flags",
+        "--max_steps 7 --model.dim 128",
+        "--seeds",
+        "1",
+        "3",
+    )
+    rows = table(monkeypatch, capsys, *words)
+    assert [run["--seed"] for run in asked] == ["1", "1", "3", "3"]
+    assert [run.get("--muon_lr") for run in asked] == [None, "0.03"] * 2
+    assert {(run["--model.dim"], run["--max_steps"], run["--data_root"]) for run in asked} == {("128", "7", "prose")}
+    assert asked[0]["--optimizer"] == "adamw" and asked[0]["--max_lr"] == "1e-3"
+    for row in rows.values():
+        assert (row["bpb"], row["spread"], row["steps"], row["tokens"]) == (2.0, 2.0, 7, 7000)
+        assert (row["seconds"], row["step_seconds"]) == (8.0, 0.5)
+
+
+def test_seconds_become_steps(asked, monkeypatch, capsys):
+    """5 seconds for the first step, then 90 steps of half a second."""
+    rows = table(monkeypatch, capsys, "--recipes", "ours", "--seconds", "50")
+    assert [run["--max_steps"] for run in asked] == [str(recipes.TRIAL_STEPS), "91"]
+    assert rows["ours"]["seconds"] == 50
