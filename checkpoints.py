@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import Config, config_as_dict
+from config import RATES, Config, config_as_dict
 from dataloaders import TrainWindows
 from files import atomic_folder, atomic_write, check_free_space, sha256_of
 from json_files import check_values, read_object
@@ -194,13 +194,12 @@ class CheckpointSaver:
 
 def ways_back(folder: Path) -> str:
     """The checkpoints of a run, newest first, and how to go on from an older one, for the message of a broken run."""
-    there, best = checkpoints_in(folder)[::-1], best_in(folder)
-    if not there:
-        return "there is no checkpoint; start again with lower learning rates (max_lr, muon_lr)"
-    names = ", ".join(f"{path}{' (best)' if path == best else ''}" for path in there)
+    if not (there := checkpoints_in(folder)[::-1]):
+        return "there is no checkpoint; start again with a lower max_lr (with Muon: muon_lr too)"
+    names = ", ".join(f"{path}{' (best)' if path == best_in(folder) else ''}" for path in there)
     return (
         f"checkpoints, newest first: {names}. Where the loss had risen for a while, the newest may be spoilt too: go "
-        "on from an older one with --resume PATH, lower rates (--max_lr, --muon_lr) and --allow_config_change"
+        "on from an older one with --resume PATH, --allow_config_change and a lower --max_lr (with Muon: --muon_lr too)"
     )
 
 
@@ -363,8 +362,9 @@ def check_run(path: Path, state: dict, cfg: Config) -> dict[str, list]:
             check_values(state, {"best_val_loss": float})
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path / STATE}: damaged ({error}); use an older checkpoint") from error
-    was, now = flat(state["config"]), flat(config_as_dict(cfg))
-    changes = {k: [was[k], v] for k, v in now.items() if k in was and was[k] != v and k not in FREE}
+    was, now = dict.fromkeys(RATES) | flat(state["config"]), flat(config_as_dict(cfg))  # older runs had fewer rates
+    free = FREE | {"muon_lr"} if cfg.optimizer == "adamw" else FREE
+    changes = {k: [was[k], v] for k, v in now.items() if k in was and was[k] != v and k not in free}
     lines = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items()]
     if any(name == "optimizer" or name.startswith("model.") for name in changes):
         raise ValueError(f"{path}: cannot go on with another run's settings: {'; '.join(lines)}; restore these")

@@ -38,10 +38,10 @@ class Config:
     max_steps: int  # optimizer steps
 
     # Optimizer. None: what the optimizer's recipe has, see RECIPES in optimizers.py
-    optimizer: Literal["muon", "adamw"]  # muon: for the matrices of the blocks, AdamW for the rest
-    max_lr: float | None = None  # peak learning rate of all that AdamW moves and that has no rate of its own
-    embedding_lr: float | None = None  # peak of the embedding, also where the output layer shares it
-    output_lr: float | None = None  # peak of the output layer
+    optimizer: Literal["adamw", "muon"]  # muon: for the matrices of the blocks, AdamW for the rest
+    max_lr: float | None = None  # AdamW's peak learning rate, for every role whose own flag is not given
+    embedding_lr: float | None = None  # peak of the embedding
+    output_lr: float | None = None  # peak of the output layer, if its weights are its own
     norm_lr: float | None = None  # peak of the norms' scales
     muon_lr: float | None = None  # peak of the blocks' matrices, on a scale of its own; with optimizer=muon alone
     betas: tuple[float, float] | None = None  # AdamW's decay of the first and second moments
@@ -161,8 +161,6 @@ def config_errors(cfg: Config) -> list[str]:
     for names, is_right, sentence in REFUSALS:
         values = {name: value for name in names if (value := getattr(cfg, name)) is not None}  # None: the recipe's
         errors += [f"{name}={shown(value)}: {sentence}" for name, value in values.items() if not is_right(value)]
-    if cfg.optimizer == "adamw" and cfg.muon_lr is not None:
-        errors.append(f"muon_lr={shown(cfg.muon_lr)}: optimizer=adamw has no Muon; give max_lr, or leave it out")
     refused = {error.partition("=")[0] for error in errors}
     tokens = cfg.batch_size * world_size() * cfg.model.max_seq_len  # of one micro-step
     if not refused & {"batch_size", "total_batch_size", "model.max_seq_len"} and cfg.total_batch_size % tokens:

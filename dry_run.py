@@ -24,7 +24,7 @@ from config import Config, config_as_dict
 from files import existing_parent
 from model import Transformer
 from model_utils import place_model, wrap_model
-from optimizers import build_optimizers
+from optimizers import Muon, build_optimizers
 from processes import Process, sum_over_processes
 
 MARGIN = 0.95  # share of a GPU's free memory that may be taken: the allocator leaves gaps, evaluations need some too
@@ -63,6 +63,9 @@ def dry_run(cfg: Config, process: Process, update: Callable, notes: list[str]) -
             f"--batch_size {cfg.batch_size} does not fit into the {size(free)} free on {process.device}; {advice}"
         )
         return 1
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            optimizer.ranks = (process.rank, process.world_size)  # as in a run: the processes share its work
     seconds = seconds_a_step(step, wrapped, cfg, process)
     peak = max(memory_peak(process.device) - before, 0)
     copy = {"and in main memory, while a checkpoint is written": size(checkpoint)}

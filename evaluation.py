@@ -1,4 +1,4 @@
-"""How good the model of a run is: validation, HellaSwag and samples. Each function returns a row for the records.
+"""How good the model of a run is: validation, HellaSwag and samples, when they are due, and a row of each.
 
 Every rank evaluates its share. The counts of all ranks are summed, then divided. A stop signal ends an evaluation at
 once: then its row is empty, and the signal that all ranks have agreed on comes with it. A resumed run makes it up.

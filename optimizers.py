@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from command_line import shown
 from config import Config
 from model import Transformer
 
@@ -20,7 +21,7 @@ from model import Transformer
 
 # The values of fields that are None. `warmup_fraction` is the share of the steps that warm up.
 RECIPES: dict[str, dict[str, Any]] = {
-    # That of GPT-3 Small (arXiv 2005.14165): 375 of 300,000 million tokens warm up there, here 715 of 19,073 steps
+    # That of GPT-3 Small (arXiv 2005.14165). It warmed up over 375 million tokens, which is 715 of our 19,073 steps.
     "adamw": {
         "max_lr": 6e-4,
         "betas": (0.9, 0.95),
@@ -49,22 +50,36 @@ WIDTH = 256
 def with_recipe(cfg: Config) -> Config:
     """`cfg` with a value for each field of the optimizer and the schedule that is None.
 
-    Muon's steps have the same size in the spectral norm at every width (arXiv 2310.17813), and the embedding is a
-    look-up, so their rates suit every width. The logits are sums over `dim` products. AdamW moves each weight by about
-    its rate, so the logits of a wider model move more. So the output layer's rate falls with the root of the width.
-    (muP, arXiv 2203.03466, has the width itself. The root fitted better: docs/LOG.md.)
+    Muon's steps have the same size in the spectral norm at every width (arXiv 2310.17813), so its rate is the same at
+    every width. The logits are sums over `dim` products. AdamW moves each weight by about its rate, so the logits of a
+    wider model move more. So the output layer's rate falls with the root of the width, as nanochat's does. (muP, arXiv
+    2203.03466, has the width itself. The trials in docs/LOG.md cannot tell the two apart.)
     """
     values = dict(RECIPES[cfg.optimizer])
     warmup_fraction = values.pop("warmup_fraction")
     if "output_lr" in values:
         values["output_lr"] *= (WIDTH / cfg.model.dim) ** 0.5
-    if cfg.max_lr is not None:  # it stands for each of these that is not given
+        if cfg.model.tie_embeddings:  # what suits a look-up is too fast for an output layer
+            values["embedding_lr"] = values.pop("output_lr")
+    if cfg.max_lr is not None:  # build_optimizers takes it for each of these that is not given
         values |= dict.fromkeys(("embedding_lr", "output_lr", "norm_lr"))
     cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
     if cfg.warmup_steps is None:
         room = 1 - cfg.decay_fraction if cfg.schedule == "wsd" else 1.0  # a warm-up ends before the decay begins
         cfg = replace(cfg, warmup_steps=round(min(warmup_fraction, room) * cfg.max_steps))
     return cfg
+
+
+def misfits(cfg: Config) -> list[str]:
+    """A sentence for every field that is given though nothing would use it: its name, its value, the cure."""
+    schedule = cfg.schedule or RECIPES[cfg.optimizer]["schedule"]
+    unused = {
+        "muon_lr": cfg.optimizer == "adamw" and "optimizer=adamw has no Muon; give max_lr, or leave it out",
+        "output_lr": cfg.model.tie_embeddings and "the output layer shares the embedding's weights; give embedding_lr",
+        "decay_fraction": schedule == "cosine" and "schedule=cosine has none; pass --schedule wsd, or leave it out",
+    }
+    values = {name: (getattr(cfg, name), cure) for name, cure in unused.items() if cure}
+    return [f"{name}={shown(value)}: {cure}" for name, (value, cure) in values.items() if value is not None]
 
 
 # ---------------------------------------------------------------- Muon
@@ -94,19 +109,20 @@ class Muon(torch.optim.Optimizer):
     without bfloat16 it takes longer than the rest of an update. Here matrices of one shape share their products.
 
     Weight decay is cautious (arXiv 2510.12402): it shrinks only the numbers that the step makes smaller too. So it
-    never works against the gradient.
+    never works against the step.
 
     Args:
         dtype: of the products.
         ranks: this process's number, and how many there are. They all hold the same gradients. Each makes its share of
-            the steps orthogonal and sends them to the others, so all take the same steps, to the last bit.
+            the steps orthogonal and sends them to the others, so all take the same steps, to the last bit. Another
+            number of processes may round a large matrix differently, because products of batches do.
     """
 
-    LARGEST_BATCH = 2**26  # elements: bounds the memory that the copies of a large model's matrices take
+    LARGEST_BATCH = 2**26  # elements: bounds the memory that one process's copies of a large model's matrices take
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | list[dict[str, Any]],
         lr: float,
         weight_decay: float,
         momentum: float = 0.95,
@@ -125,34 +141,35 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
                 lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                n = max(1, self.LARGEST_BATCH // shape.numel())
+                n = self.ranks[1] * max(1, self.LARGEST_BATCH // shape.numel())
                 for chunk in (params[i : i + n] for i in range(0, len(params), n)):
-                    steps = self.share_out([self.nesterov(p, group["momentum"]) for p in chunk])
-                    for p, step in zip(chunk, steps, strict=True):
+                    for p, step in zip(chunk, self.steps_of(chunk, group["momentum"]), strict=True):
                         if decay := group["lr"] * group["weight_decay"]:
                             p.sub_(decay * p * (p * step > 0))
                         p.add_(step, alpha=-lr)
+
+    def steps_of(self, params: list[Tensor], momentum: float) -> list[Tensor]:
+        """The orthogonal steps of `params`, all of one shape. This process computes those of its rank."""
+        rank, world_size = self.ranks
+        size = math.ceil(len(params) / world_size)  # of each share; zeros fill up the last one
+        mine = torch.zeros(size, *params[0].shape, dtype=self.dtype, device=params[0].device)
+        for place, p in enumerate(params):
+            step = self.nesterov(p, momentum)
+            if place // size == rank:
+                mine[place % size] = step
+        mine = orthogonalise(mine)
+        if world_size == 1:
+            return list(mine)
+        shares = [torch.empty(mine.shape, dtype=self.dtype, device=mine.device) for _ in range(world_size)]
+        dist.all_gather(shares, mine.contiguous())
+        return [matrix for share in shares for matrix in share][: len(params)]
 
     def nesterov(self, p: Tensor, momentum: float) -> Tensor:
         """Add the gradient of `p` to its momentum. Return the gradient that Nesterov's method expects next."""
         if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(buffer, momentum).to(self.dtype)
-
-    def share_out(self, matrices: list[Tensor]) -> list[Tensor]:
-        """`orthogonalise` each of `matrices`, all of one shape. This process does those of its rank."""
-        rank, world_size = self.ranks
-        if world_size == 1:
-            return list(orthogonalise(torch.stack(matrices)))
-        size = math.ceil(len(matrices) / world_size)  # of each share; the last ones may be filled up
-        mine = torch.zeros(size, *matrices[0].shape, dtype=self.dtype, device=matrices[0].device)
-        for place, matrix in enumerate(matrices[rank * size : (rank + 1) * size]):
-            mine[place] = matrix
-        mine = orthogonalise(mine).contiguous()
-        shares = [torch.empty_like(mine) for _ in range(world_size)]
-        dist.all_gather(shares, mine)
-        return [matrix for share in shares for matrix in share][: len(matrices)]
+        return p.grad.lerp(buffer, momentum)
 
 
 # ---------------------------------------------------------------- groups
@@ -188,7 +205,7 @@ def build_optimizers(model: Transformer, cfg: Config, ranks: tuple[int, int] = (
             "weight_decay": 0.0 if role == "norm" or matrices else cfg.weight_decay,
         }
         for role, params in roles.items()
-        if params  # tied embeddings are the embedding
+        if params  # the output layer has none of its own where embeddings are tied
     ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=cfg.betas, fused=True)]
     if matrices:
@@ -226,11 +243,10 @@ def peak_of(cfg: Config) -> float:
     return max(lr_factor(step, cfg) for step in (*steps, cfg.max_steps))
 
 
-def momentum(step: int, cfg: Config) -> float:
-    """Muon's momentum for update `step`: it rises from 0.85 to 0.95 in a straight line.
+def momentum(step: int) -> float:
+    """Muon's momentum for update `step`: it rises from 0.85 to 0.95 in 300 steps, as in modded-nanogpt.
 
-    Early gradients soon point elsewhere, so a long memory of them would mislead. The source is modded-nanogpt, which
-    takes 300 steps.
+    Early gradients soon point elsewhere, so a long memory of them would mislead.
     """
     return 0.85 + 0.10 * min(1.0, step / 300)
 
@@ -243,7 +259,7 @@ def set_schedules(optimizers: list[torch.optim.Optimizer], step: int, cfg: Confi
             group["lr"] = factor * group["initial_lr"]
             rates[group["name"]] = group["lr"]
             if "momentum" in group:
-                group["momentum"] = momentum(step, cfg)
+                group["momentum"] = momentum(step)
     return rates
 
 

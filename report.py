@@ -47,7 +47,7 @@ class Plot:
 LOSS = Plot("Loss", "train_loss", LOSS_NOTE, noisy=True)
 VALIDATION = Plot("Validation", "val_bpb", "bits per byte")
 STEPS = (
-    Plot("Learning rate", "lr", "of the blocks' matrices; the other rates follow the same curve", include=(0,)),
+    Plot("Learning rate", "lr", "of the blocks' matrices", include=(0,)),
     Plot("Gradient norm", "grad_norm", "before clipping", noisy=True, include=(0,)),
     Plot("Throughput", "tokens_per_sec", "tokens per second", "k", noisy=True, include=(0,)),
     Plot("MFU", "mfu", "share of the device's peak speed", "%", noisy=True, include=(0,)),

@@ -8,13 +8,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from command_line import shown
-from config import Config, config_errors, local_device, path_errors
+from config import RATES, Config, config_errors, local_device, path_errors
 from dataloaders import folder_quotas
 from environment import environment_errors
 from flags import Flag, field_types, read_flags, split_flags
 from hardware import dtype_name, fastest_dtype
 from model_folders import find_checkpoint, read_model_config
-from optimizers import peak_of, with_recipe
+from optimizers import misfits, peak_of, with_recipe
 from shards import is_prepared, read_manifest
 from tokenizer import VOCAB_SIZES
 
@@ -147,6 +147,7 @@ def read_config(
     flags = split_flags(args, types)
     given, name = {flag.name for flag in flags}, name_in_force(flags, configs)
     description += f"\n\nThe defaults below are those of --config {name}; others have their own."
+    description += "\nWhere the optimizer's fields say None, RECIPES in optimizers.py has the value."
     cfg, wrong = read_flags(flags, replace(configs[name], config=name), types, description)
     if "config" not in wrong and cfg.config not in configs:
         wrong["config"] = f"config={shown(cfg.config)}: must be {' or '.join(configs)}"
@@ -160,7 +161,7 @@ def read_config(
         errors += found
     if "model.vocab_size" not in wrong:
         errors += vocabulary_errors(cfg, configs)
-    errors += [*path_errors(cfg), *config_errors(cfg)]
+    errors += [*path_errors(cfg), *config_errors(cfg), *misfits(cfg)]
     # The field of a flag that cannot be read still has its default, so a sentence with that value would mislead.
     fields = "|".join(re.escape(field.rpartition(".")[2]) for field in wrong if field) or "(?!)"
     errors = [error for error in errors if not re.search(rf"(^|[ .])({fields})=", error)]
@@ -171,8 +172,10 @@ def read_config(
         say(line)
     if cfg.dtype == "auto":  # the records of a run say which dtype it was
         cfg = replace(cfg, dtype=dtype_name(fastest_dtype(local_device(cfg.device))))
+    if cfg.init_from and cfg.optimizer == "muon" and not given & set(RATES):
+        say("the rates of muon suit new weights; `--optimizer adamw --max_lr 2e-5` changes trained ones less")
     cfg = with_recipe(cfg)
-    if cfg.warmup_steps and (peak := peak_of(cfg)) < 0.99:
+    if (peak := peak_of(cfg)) < peak_of(replace(cfg, warmup_steps=0)) - 0.01:
         say(
             f"the learning rates reach only {peak:.0%} of their peaks, because warmup_steps={cfg.warmup_steps} of "
             f"max_steps={cfg.max_steps} leaves no room; leave --warmup_steps out, and it follows the length of the run"

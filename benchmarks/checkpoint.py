@@ -23,13 +23,12 @@ from pathlib import Path
 
 import torch
 from common import DEVICE, SHAPES, Worker, medians, report, take_turns
-from train_step import ADAMW, make_update
+from train_step import adamw, make_update
 
 from checkpoints import CheckpointSaver, moments
 from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from model import ModelConfig, Transformer
 from model_utils import MixedPrecision, place_model
-from optimizers import build_optimizers
 
 STEPS = 2  # in a turn without a save
 
@@ -38,7 +37,7 @@ def make_ways(config: ModelConfig, shape: tuple[int, int], folder: str) -> dict[
     """The ways by name. Each saves the same model and the same moments."""
     keep_freed_memory()  # as train.py does
     model = place_model(Transformer(config), DEVICE)
-    optimizers = build_optimizers(model, ADAMW)
+    optimizers = [adamw(model)]
     dtype = fastest_dtype(DEVICE)
     losses = {dtype_name(dtype): MixedPrecision(model, dtype, optimizers)}
     update = make_update(*optimizers, losses, config, shape, accumulation=1)

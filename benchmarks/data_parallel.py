@@ -40,6 +40,7 @@ def run(processes: int, data_root: str, steps: int) -> dict:
             "batch_size": TOKENS // 256 // processes,
             "total_batch_size": TOKENS,
             "max_steps": SKIPPED + steps,
+            "optimizer": "adamw",  # muon.py measures the other
             "warmup_steps": SKIPPED,
             "val_every": 0,
             "val_tokens": TOKENS,

@@ -11,12 +11,11 @@ from functools import partial
 import torch
 from common import DEVICE, SHAPES, Worker, medians, report, take_turns
 from torch import Tensor
-from train_step import ADAMW, make_update
+from train_step import adamw, make_update
 
 from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from model import ModelConfig, Transformer, document_positions
 from model_utils import MixedPrecision, compile_blocks, place_model
-from optimizers import build_optimizers
 
 BOS = 0  # any id would do, because all ids are random
 
@@ -30,7 +29,7 @@ def ways(shape: tuple[int, int], document_tokens: int) -> dict[str, Callable[[],
     config = ModelConfig(**SHAPES["small"], max_seq_len=shape[1])
     model = place_model(Transformer(config), DEVICE)
     compile_blocks(model)
-    optimizers = build_optimizers(model, ADAMW)
+    optimizers = [adamw(model)]
     mixed = MixedPrecision(model, fastest_dtype(DEVICE), optimizers)
     dtype = dtype_name(fastest_dtype(DEVICE))
 

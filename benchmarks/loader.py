@@ -18,13 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import DEVICE, SHAPES
-from train_step import ADAMW, make_update
+from train_step import adamw, make_update
 
 from dataloaders import BatchLayout, TrainWindows
 from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from model import ModelConfig, Transformer
 from model_utils import MixedPrecision, compile_blocks, place_model
-from optimizers import build_optimizers
 from shards import MANIFEST, SHARD_FORMAT_VERSION, SHARD_KEYS, TokenStream, shard_name
 
 # FOLDER_VOCAB makes the shards hold 32-bit ids. The random ids are below MODEL_VOCAB, the small model's vocabulary.
@@ -107,7 +106,7 @@ def measure_waiting(root: Path, steps: int) -> dict[str, float]:
     config, shape = ModelConfig(**SHAPES["small"], max_seq_len=256), (16, 256)
     model = place_model(Transformer(config), DEVICE)
     compile_blocks(model)
-    optimizers = build_optimizers(model, ADAMW)
+    optimizers = [adamw(model)]
     mixed = MixedPrecision(model, fastest_dtype(DEVICE), optimizers)
     dtype = dtype_name(fastest_dtype(DEVICE))
     batches, waits = ours(root, *shape), []

@@ -33,7 +33,9 @@ def measure(rank: int, processes: int, shape: str, turns: int, folder: str) -> N
     backend = "nccl" if DEVICE.type == "cuda" else "gloo"
     dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=processes)
     device = torch.device(DEVICE.type, rank) if DEVICE.type == "cuda" else DEVICE
-    if DEVICE.type == "cpu":
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     with torch.device("meta"):
         model = Transformer(replace(MATRICES[shape], vocab_size=512))
@@ -68,6 +70,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7, help="steps of each way (default: 7)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
+    if DEVICE.type == "cuda" and torch.cuda.device_count() < args.processes:
+        parser.error(f"--processes {args.processes}: this machine has {torch.cuda.device_count()} GPUs")
     result = {}
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ evaluations do not count. With --seconds, a short run of each recipe tells how l
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -29,7 +30,7 @@ RECIPES = {
     # The AdamW of nanoGPT's README and train.py, with the rate that its configurations for small models have
     "nanoGPT": f"{ADAMW} --max_lr 1e-3 --betas 0.9 0.95 --weight_decay 0.1 --schedule cosine --min_lr_fraction 0.1",
     "AdamW at 3e-3": f"{ADAMW} --max_lr 3e-3",
-    # One rate for all that AdamW moves: the best of these flags before each role had its own
+    # One rate for all that AdamW moves
     "Muon, one rate": f"--max_lr 2e-2 --muon_lr 0.03 --decay_fraction 0.7 {REST}",
 }
 # Unless --flags says otherwise: 5.5 million parameters in matrix products
@@ -49,19 +50,31 @@ QUIET = {"val_every": 0, "hellaswag_every": 0, "generate_every": 0, "save_every"
 TRIAL_STEPS = 20
 
 
-def train(flags: dict[str, object], extra: list[str]) -> dict[str, float]:
-    """Run train.py. `extra` are flags in the place of those of the same name. Returns figures of the run."""
-    given = {word.removeprefix("--") for word in extra if word.startswith("--")}
-    words = [word for name, value in flags.items() if name not in given for word in (f"--{name}", str(value))]
+def flags_of(text: str) -> dict[str, list[str]]:
+    """The flags in a text, by name: the words of each."""
+    flags: dict[str, list[str]] = {}
+    for word in shlex.split(text):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            flags[name] = [value] if equals else []
+        else:
+            list(flags.values())[-1].append(word)
+    return flags
+
+
+def train(flags: dict[str, list[str]]) -> dict[str, float]:
+    """Run train.py. Returns figures of the run, NaN where it failed."""
+    words = [word for name, values in flags.items() for word in (f"--{name}", *values)]
     with tempfile.TemporaryDirectory() as out_dir:
-        command = [sys.executable, str(TRAIN), *words, *extra, "--out_dir", out_dir]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, str(TRAIN), *words, "--out_dir", out_dir]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:  # it has said why
+            return dict.fromkeys(("bpb", "steps", "tokens", "seconds", "first_seconds", "step_seconds"), math.nan)
         rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in rows if "train_loss" in row]
     tokens = updates[0]["tokens"]  # of a step
     seconds = [tokens / row["tokens_per_sec"] for row in updates]
     return {
-        "bpb": rows[-1].get("val_bpb", float("nan")),
+        "bpb": rows[-1]["val_bpb"],
         "steps": len(updates),
         "tokens": updates[-1]["tokens"],
         "seconds": sum(seconds),
@@ -85,16 +98,17 @@ def main() -> None:
     args = parser.parse_args()
     recipes = {name: RECIPES[name] for name in args.recipes or ([] if args.tried else RECIPES)}
     recipes |= {f"`{flags}`": flags for flags in args.tried}
-    common = SHAPE | QUIET | {"data_root": args.data_root, "val_tokens": args.val_tokens, "device": DEVICE.type}
-    extra = {name: shlex.split(f"{args.flags} {flags}") for name, flags in recipes.items()}
-    steps: dict[str, dict] = {}
+    fields = SHAPE | QUIET | {"data_root": args.data_root, "val_tokens": args.val_tokens, "device": DEVICE.type}
+    common = {name: [str(value)] for name, value in fields.items()} | flags_of(args.flags)
+    flags = {name: common | flags_of(text) for name, text in recipes.items()}
     for name in recipes if args.seconds else ():
-        trial = train(common, [*extra[name], "--max_steps", str(TRIAL_STEPS)])
-        steps[name] = {"max_steps": int((args.seconds - trial["first_seconds"]) / trial["step_seconds"]) + 1}
+        trial = train(flags[name] | {"max_steps": [str(TRIAL_STEPS)], "val_tokens": ["1"]})
+        steps = (args.seconds - trial["first_seconds"]) / trial["step_seconds"] + 1
+        flags[name]["max_steps"] = [str(max(1, int(steps)))]
     results: dict[str, list[dict]] = {name: [] for name in recipes}
     for seed in args.seeds:
         for name, runs in results.items():
-            runs.append(train(common | steps.get(name, {}) | {"seed": seed}, extra[name]))
+            runs.append(train(flags[name] | {"seed": [str(seed)]}))
             print(f"seed {seed}: {name}: {runs[-1]['bpb']:.4f} bits a byte", file=sys.stderr, flush=True)
     result = {}
     for name, runs in results.items():

@@ -27,7 +27,11 @@ from model_utils import MixedPrecision, autocast, compile_blocks, flops_per_toke
 
 # How each way compiles: the end of its name, and what torch.compiler.set_stance takes
 STANCES = {", compiled": "default", "": "force_eager"}
-ADAMW = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}  # the settings of `--optimizer adamw`
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    """The optimizer of `--optimizer adamw`, for a model of any kind."""
+    return torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 def make_update(
@@ -83,7 +87,7 @@ def ours(config: ModelConfig, shape: tuple[int, int], accumulation: int, dtypes:
     keep_freed_memory()  # as train.py does
     model = place_model(Transformer(config), DEVICE)
     compile_blocks(model)
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    optimizer = adamw(model)
     losses = {dtype: MixedPrecision(model, getattr(torch, dtype), [optimizer]) for dtype in dtypes}
     update = make_update(optimizer, losses, config, shape, accumulation)
     return ways(update, {dtype: f"ours, {dtype}" for dtype in dtypes}, STANCES, steps)
@@ -111,7 +115,7 @@ def theirs(
             return compiled(tokens, targets)
 
     losses = {dtype: partial(loss_of, dtype) for dtype in dtypes}
-    update = make_update(torch.optim.AdamW(model.parameters(), **ADAMW), losses, config, shape, accumulation)
+    update = make_update(adamw(model), losses, config, shape, accumulation)
     return ways(update, {dtype: f"Hugging Face, {dtype}, {attention}" for dtype in dtypes}, [how], steps)
 
 

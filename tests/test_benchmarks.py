@@ -3,15 +3,21 @@ train.py. Nothing is measured here."""
 
 import importlib
 import json
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # last, because it has a generate.py too
 
 import common
+
+from model import ModelConfig
+from run_config import read_config
+from train import CONFIGS
 
 benchmarks, recipes = importlib.import_module("all"), importlib.import_module("recipes")
 ROW, OTHER_ROW = "generation, greedy", "generation, sampled"
@@ -164,6 +170,16 @@ def test_a_way_that_was_tried_has_had_its_first_turn(made, monkeypatch):
     assert {name: [row["seconds"] for row in r] for name, r in rows.items()} == {"a": [7, 12], "ours": [5, 6]}
 
 
+def test_scripts_that_train_on_random_tokens_build_their_ways(monkeypatch, tmp_path):
+    """Their models and optimizers fit together. document_mask.py compiles at its first turn, so it takes none here."""
+    checkpoint, document_mask = importlib.import_module("checkpoint"), importlib.import_module("document_mask")
+    monkeypatch.setattr(document_mask, "keep_freed_memory", lambda: None)
+    assert len(document_mask.ways((1, 64), 32)) == 2
+    monkeypatch.setattr(checkpoint, "keep_freed_memory", lambda: None)
+    tiny = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=512, multiple_of=32, max_seq_len=32)
+    assert checkpoint.make_ways(tiny, (1, 32), str(tmp_path))
+
+
 # ---------------------------------------------------------------- recipes
 
 
@@ -183,6 +199,7 @@ def asked(monkeypatch):
         ]
         rows.append({"val_loss": 2.0, "val_bpb": float(flags["--seed"]) if "--seed" in flags else 9.0})
         Path(flags["--out_dir"], "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return SimpleNamespace(returncode=int(flags.get("--muon_lr") == "inf"))
 
     monkeypatch.setattr(recipes.subprocess, "run", train)
     return runs
@@ -195,29 +212,31 @@ def table(monkeypatch, capsys, *words: str) -> dict[str, dict]:
 
 
 def test_recipes_take_turns_and_their_flags_stand_in_the_place_of_the_shapes(asked, monkeypatch, capsys):
-    words = (
-        "--recipes",
-        "nanoGPT",
-        "--try",
-        "--muon_lr 0.03",
-        "--flags",
-        "--max_steps 7 --model.dim 128",
-        "--seeds",
-        "1",
-        "3",
-    )
-    rows = table(monkeypatch, capsys, *words)
+    words = ("--recipes", "nanoGPT", "--try", "--muon_lr 0.03", "--flags", "--max_lr=1 --max_steps 7 --model.dim=128")
+    rows = table(monkeypatch, capsys, *words, "--seeds", "1", "3")
     assert [run["--seed"] for run in asked] == ["1", "1", "3", "3"]
     assert [run.get("--muon_lr") for run in asked] == [None, "0.03"] * 2
     assert {(run["--model.dim"], run["--max_steps"], run["--data_root"]) for run in asked} == {("128", "7", "prose")}
-    assert asked[0]["--optimizer"] == "adamw" and asked[0]["--max_lr"] == "1e-3"
+    assert asked[0]["--optimizer"] == "adamw" and [run["--max_lr"] for run in asked] == ["1e-3", "1"] * 2
     for row in rows.values():
         assert (row["bpb"], row["spread"], row["steps"], row["tokens"]) == (2.0, 2.0, 7, 7000)
         assert (row["seconds"], row["step_seconds"]) == (8.0, 0.5)
 
 
-def test_seconds_become_steps(asked, monkeypatch, capsys):
+@pytest.mark.parametrize(("seconds", "steps"), [(50, 91), (1, 1)])
+def test_seconds_become_steps(asked, monkeypatch, capsys, seconds, steps):
     """5 seconds for the first step, then 90 steps of half a second."""
-    rows = table(monkeypatch, capsys, "--recipes", "ours", "--seconds", "50")
-    assert [run["--max_steps"] for run in asked] == [str(recipes.TRIAL_STEPS), "91"]
-    assert rows["ours"]["seconds"] == 50
+    table(monkeypatch, capsys, "--recipes", "ours", "--seconds", str(seconds), "--flags", "--max_steps 7")
+    assert [run["--max_steps"] for run in asked] == [str(recipes.TRIAL_STEPS), str(steps)]
+
+
+def test_a_recipe_that_fails_does_not_end_the_others(asked, monkeypatch, capsys):
+    rows = table(monkeypatch, capsys, "--recipes", "ours", "--try", "--muon_lr inf", "--seeds", "1", "2")
+    assert rows["ours"]["bpb"] == 1.5 and math.isnan(rows["`--muon_lr inf`"]["bpb"])
+
+
+def test_the_recipes_of_the_file_are_flags_that_train_takes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for text in recipes.RECIPES.values():
+        words = [word for name, values in recipes.flags_of(text).items() for word in (f"--{name}", *values)]
+        assert read_config(["--config", "sample", "--device", "cpu", *words], CONFIGS, say=lambda line: None)

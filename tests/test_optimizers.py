@@ -15,6 +15,7 @@ from optimizers import (
     Muon,
     build_optimizers,
     lr_factor,
+    misfits,
     momentum,
     orthogonalise,
     peak_of,
@@ -210,9 +211,33 @@ def test_each_role_has_a_group_of_its_own_that_knows_the_peak_of_its_rate(optimi
         assert kind == "Muon" or tuple(group["betas"]) == (0.9, 0.95)
 
 
-def test_tied_embeddings_have_the_group_of_the_embedding():
-    groups = {group["name"]: names for _, names, group in groups_by_name(Transformer(TIED))}
+def test_tied_embeddings_have_one_group_and_the_output_layers_rate():
+    groups = {group["name"]: names for _, names, group in groups_by_name(Transformer(TIED), output_lr=None)}
     assert groups["embedding"] == {"tok_embeddings.weight"} and "output" not in groups
+    tied, untied = (recipe(optimizer="muon", model=config) for config in (TIED, replace(TIED, tie_embeddings=False)))
+    assert (tied.embedding_lr, tied.output_lr) == (untied.output_lr, None)
+    assert untied.embedding_lr == RECIPES["muon"]["embedding_lr"]
+
+
+def test_momentum_rises_for_300_steps():
+    assert [momentum(step) for step in (1, 150, 300, 5000)] == pytest.approx([0.85 + 0.1 / 300, 0.9, 0.95, 0.95])
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"optimizer": "adamw", "muon_lr": 0.1}, "muon_lr=0.1: optimizer=adamw has no Muon; "),
+        ({"optimizer": "muon", "output_lr": 0.1, "model": TIED}, "output_lr=0.1: the output layer shares "),
+        ({"optimizer": "adamw", "decay_fraction": 0.1}, "decay_fraction=0.1: schedule=cosine has none; "),
+        ({"optimizer": "muon", "schedule": "cosine", "decay_fraction": 0.1}, "decay_fraction=0.1: schedule=cosine"),
+    ],
+)
+def test_what_nothing_would_use_is_refused(fields, sentence):
+    [found] = misfits(replace(ORIGINAL, **fields))
+    assert found.startswith(sentence)
+    for name in ("muon_lr", "output_lr", "decay_fraction"):
+        fields = fields | {name: None}
+    assert misfits(replace(ORIGINAL, **fields)) == []
 
 
 def test_schedules_set_every_group_and_return_the_rates():
@@ -225,7 +250,7 @@ def test_schedules_set_every_group_and_return_the_rates():
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             assert group["lr"] == rates[group["name"]]
-            assert group.get("momentum", momentum(75, cfg)) == momentum(75, cfg)
+            assert group.get("momentum", momentum(75)) == momentum(75)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8), (1, 16, 16)])

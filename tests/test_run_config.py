@@ -88,6 +88,9 @@ def test_rates_that_never_reach_their_peaks_are_said():
     _, said = read("--config", "sample", "--max_steps", "100", "--warmup_steps", "50", "--decay_fraction", "1")
     assert "reach only 66% of their peaks" in said[1]
     assert read("--config", "sample", "--warmup_steps", "100")[1] == ["configuration: sample"]
+    # What the warm-up is not to blame for is not said of it.
+    assert read("--config", "sample", "--max_steps", "13", "--decay_fraction", "0.96")[1] == ["configuration: sample"]
+    assert read("--config", "sample", "--max_steps", "1", "--warmup_steps", "1")[1] == ["configuration: sample"]
 
 
 def test_a_rate_of_muon_is_refused_where_there_is_none():
@@ -162,7 +165,7 @@ def test_help_shows_the_defaults_in_force_and_which_they_are(name, capsys):
     assert end.value.code == 0
     assert f"The defaults below are those of --config {name}; " in shown
     cfg = CONFIGS[name]
-    for default in (name, cfg.out_dir, cfg.max_steps, cfg.model.dim, cfg.max_lr):
+    for default in (name, cfg.out_dir, cfg.max_steps, cfg.model.dim, cfg.total_batch_size):
         assert f"(default: {default})" in shown, default
 
 
