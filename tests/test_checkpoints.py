@@ -97,7 +97,7 @@ def test_a_checkpoint_from_before_each_role_had_a_rate_is_compared_too(tmp_path)
         del saved["config"][name]
     path = save_checkpoint(tmp_path, saved | {"config": saved["config"] | {"muon_lr": 0.02}}, keep=1, is_best=False)
     assert state.resume(path, cfg) == {}
-    with pytest.raises(ValueError, match="embedding_lr was None, is 0.3"):
+    with pytest.raises(ValueError, match=r"embedding_lr was None, is 0\.3"):
         state.resume(path, replace(cfg, embedding_lr=0.3))
 
 

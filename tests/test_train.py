@@ -315,7 +315,9 @@ def test_ranks_hold_the_same_bits_after_every_update(whole_of_two):
 
 
 def test_two_processes_train_what_one_trains_with_muon_in_bf16_too(flags_for, tmp_path):
-    """The processes share Muon's work. In bf16 the forward pass uses casts of the weights instead of the parameters that DDP knows."""
+    """The processes share Muon's work.
+
+    In bf16 the forward pass uses casts of the weights instead of the parameters that DDP knows."""
     changes = {"dtype": "bfloat16", "max_steps": 3, "val_every": 0, "max_lr": 1e-2, "optimizer": "muon"}
     script = driver(tmp_path / "drivers", RECORD)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
