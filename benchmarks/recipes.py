@@ -47,7 +47,7 @@ SHAPE = {
     "max_steps": 400,
 }
 QUIET = {"val_every": 0, "hellaswag_every": 0, "generate_every": 0, "save_every": 0, "log_every": 1000}
-TRIAL_STEPS = 20
+TRIAL_STEPS = 50
 
 
 def flags_of(text: str) -> dict[str, list[str]]:
