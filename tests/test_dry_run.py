@@ -286,7 +286,8 @@ def test_a_disk_that_is_too_small_is_named(monkeypatch, capsys):
 def test_the_flag_works_with_and_without_a_value(flags, value):
     cfg = read_config([*words(TINY), *flags], train.CONFIGS)
     assert cfg.dry_run is value
-    assert config_as_dict(cfg) == config_as_dict(tiny_config(max_steps=cfg.max_steps))
+    given = {"max_steps": cfg.max_steps, "warmup_steps": cfg.warmup_steps}  # the second follows the first
+    assert config_as_dict(cfg) == config_as_dict(tiny_config(**given))
     assert "dry_run" not in config_as_dict(cfg)
 
 
