@@ -9,6 +9,7 @@ alone. The ways take turns. A turn begins when all processes are there, and coun
 """
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -59,7 +60,8 @@ def measure(rank: int, processes: int, shape: str, turns: int, folder: str) -> N
             dist.barrier()
             seconds[name].append(time.perf_counter() - began)
     if rank == 0:
-        torch.save({name: statistics.median(times[1:]) for name, times in seconds.items()}, f"{folder}/seconds")
+        medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        Path(folder, "seconds.json").write_text(json.dumps(medians))
     dist.destroy_process_group()
 
 
@@ -77,7 +79,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             job = (args.processes, shape, args.turns, folder)
             torch.multiprocessing.spawn(measure, job, nprocs=args.processes)
-            seconds = torch.load(Path(folder) / "seconds")
+            seconds = json.loads(Path(folder, "seconds.json").read_text())
         for way, value in seconds.items():
             result[f"{shape}, {way}"] = {"seconds": value, "of_shared": value / seconds["shared"]}
     columns = {
