@@ -252,7 +252,10 @@ def momentum(step: int) -> float:
 
 
 def set_schedules(optimizers: list[torch.optim.Optimizer], step: int, cfg: Config) -> dict[str, float]:
-    """Set what update `step` needs in every group. Returns the learning rates by role, for the records."""
+    """Set what update `step` needs in every group. Returns the learning rates by role, for the records.
+
+    Weight decay needs no schedule: it is multiplied by the rate, and falls with it.
+    """
     factor, rates = lr_factor(step, cfg), {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
