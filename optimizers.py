@@ -149,27 +149,25 @@ class Muon(torch.optim.Optimizer):
                         p.add_(step, alpha=-lr)
 
     def steps_of(self, params: list[Tensor], momentum: float) -> list[Tensor]:
-        """The orthogonal steps of `params`, all of one shape. This process computes those of its rank."""
+        """The orthogonal steps of `params`, all of one shape. This process computes those of its rank.
+
+        Every process keeps all momenta, so any of them can write the checkpoint.
+        """
         rank, world_size = self.ranks
         size = math.ceil(len(params) / world_size)  # of each share; zeros fill up the last one
         mine = torch.zeros(size, *params[0].shape, dtype=self.dtype, device=params[0].device)
         for place, p in enumerate(params):
-            step = self.nesterov(p, momentum)
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
             if place // size == rank:
-                mine[place % size] = step
+                mine[place % size] = p.grad.lerp(buffer, momentum)  # the gradient that Nesterov's method expects next
         mine = orthogonalise(mine)
         if world_size == 1:
             return list(mine)
         shares = [torch.empty(mine.shape, dtype=self.dtype, device=mine.device) for _ in range(world_size)]
         dist.all_gather(shares, mine.contiguous())
         return [matrix for share in shares for matrix in share][: len(params)]
-
-    def nesterov(self, p: Tensor, momentum: float) -> Tensor:
-        """Add the gradient of `p` to its momentum. Return the gradient that Nesterov's method expects next."""
-        if "momentum_buffer" not in self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(buffer, momentum)
 
 
 # ---------------------------------------------------------------- groups

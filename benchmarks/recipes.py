@@ -103,6 +103,8 @@ def main() -> None:
     flags = {name: common | flags_of(text) for name, text in recipes.items()}
     for name in recipes if args.seconds else ():
         trial = train(flags[name] | {"max_steps": [str(TRIAL_STEPS)], "val_tokens": ["1"]})
+        if math.isnan(trial["bpb"]):
+            sys.exit(f"{name}: train.py has failed, and said why above")
         steps = (args.seconds - trial["first_seconds"]) / trial["step_seconds"] + 1
         flags[name]["max_steps"] = [str(max(1, int(steps)))]
     results: dict[str, list[dict]] = {name: [] for name in recipes}

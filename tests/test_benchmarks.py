@@ -235,6 +235,11 @@ def test_a_recipe_that_fails_does_not_end_the_others(asked, monkeypatch, capsys)
     assert rows["ours"]["bpb"] == 1.5 and math.isnan(rows["`--muon_lr inf`"]["bpb"])
 
 
+def test_without_a_trial_there_is_no_number_of_steps_and_one_sentence_says_so(asked, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="has failed, and said why above"):
+        table(monkeypatch, capsys, "--try", "--muon_lr inf", "--seconds", "50")
+
+
 def test_the_recipes_of_the_file_are_flags_that_train_takes(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for text in recipes.RECIPES.values():
