@@ -20,6 +20,7 @@ import sys
 import threading
 import uuid
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import RATES, Config, config_as_dict
+from config import FREE, RATES, Config, config_as_dict, flat
 from dataloaders import TrainWindows
 from files import atomic_folder, atomic_write, check_free_space, sha256_of
 from json_files import check_values, read_object
@@ -213,6 +214,7 @@ class TrainState:
     model: Transformer  # the bare model, not a wrapped one
     optimizers: list[torch.optim.Optimizer]
     windows: TrainWindows
+    scaler: torch.amp.GradScaler = field(default_factory=partial(torch.amp.GradScaler, "cpu", enabled=False))
     step: int = 0  # completed updates
     best_val_loss: float = math.inf
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
@@ -227,6 +229,7 @@ class TrainState:
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "data": self.windows.state(),
             "random_state": random_state(),
+            "loss_scale": self.scaler.state_dict(),  # empty unless the run is in float16
             "best_val_loss": None if math.isinf(self.best_val_loss) else self.best_val_loss,
             "run_id": self.run_id,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -267,6 +270,9 @@ class TrainState:
             restore_random_state(state["random_state"])
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{path / STATE}: damaged (random_state: {error}); use an older checkpoint") from error
+        if self.scaler.is_enabled() and (was := state.get("loss_scale")):
+            kept = {key: was[key] for key in ("scale", "_growth_tracker")}
+            self.scaler.load_state_dict(self.scaler.state_dict() | kept)
         best = state["best_val_loss"]
         self.step, self.best_val_loss, self.run_id = state["step"], math.inf if best is None else best, state["run_id"]
         return changes
@@ -336,13 +342,6 @@ def checkpoints_at_once(cfg: Config, step: int = 0) -> int:
     return min(saves, cfg.keep_checkpoints + 2)
 
 
-# What a resumed run may change at will. None of it changes the parameters that come out, up to rounding.
-FREE = {"out_dir", "hellaswag_path", "batch_size", "device", "compile", "timeout", "log_every", "val_every"}
-FREE |= {"hellaswag_every", "hellaswag_limit", "generate_every", "save_every", "keep_checkpoints", "profile", "resume"}
-FREE |= {"skip_nonfinite", "init_from", "prompts", "generate_tokens", "temperature", "top_p", "wandb_project"}
-FREE |= {"wandb_artifact", "tensorboard", "data_root"}  # data may have moved: the windows compare what is in it
-
-
 def check_run(path: Path, state: dict, cfg: Config) -> dict[str, list]:
     """Compare the run in a checkpoint with the one that is to go on from it.
 
@@ -360,6 +359,9 @@ def check_run(path: Path, state: dict, cfg: Config) -> dict[str, list]:
         check_values(state["random_state"], {"torch": str})
         if state["best_val_loss"] is not None:
             check_values(state, {"best_val_loss": float})
+        if state.get("loss_scale"):  # a run that was not in float16 has none, nor an older checkpoint
+            check_values(state, {"loss_scale": dict})
+            check_values(state["loss_scale"], {"scale": float, "_growth_tracker": int})
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path / STATE}: damaged ({error}); use an older checkpoint") from error
     was, now = dict.fromkeys(RATES) | flat(state["config"]), flat(config_as_dict(cfg))  # older runs had fewer rates
@@ -374,11 +376,6 @@ def check_run(path: Path, state: dict, cfg: Config) -> dict[str, list]:
             "--allow_config_change to go on with the new ones"
         )
     return changes
-
-
-def flat(config: dict) -> dict:
-    """`config` with the fields of the model beside the others, as `model.dim`."""
-    return {k: v for k, v in config.items() if k != "model"} | {f"model.{k}": v for k, v in config["model"].items()}
 
 
 def random_state() -> dict:

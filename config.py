@@ -56,7 +56,7 @@ class Config:
 
     # Device
     device: str  # auto, cpu, cuda, cuda:N or mps
-    dtype: Literal["auto", "bfloat16", "float32"]  # of the matrix products; auto: bfloat16 where it is fast
+    dtype: Literal["auto", "bfloat16", "float16", "float32"]  # of the matrix products; auto: the fastest here
     compile: bool | Literal["auto"]  # torch.compile; auto: where a compiler is found
     seed: int  # of the initial weights and of the order of the data
     timeout: int  # seconds that ranks wait for a rank that has fallen silent
@@ -108,6 +108,18 @@ def config_as_dict(config: Any) -> dict:
 def local_device(name: str) -> torch.device:
     """`pick_device(name)` for the place of this process. No process group works over Apple's mps, on any machine."""
     return pick_device(name, (local_rank(), local_world_size()) if world_size() > 1 else None)
+
+
+# What a resumed run may change at will. None of it changes the parameters that come out, up to rounding.
+FREE = {"out_dir", "hellaswag_path", "batch_size", "device", "compile", "timeout", "log_every", "val_every"}
+FREE |= {"hellaswag_every", "hellaswag_limit", "generate_every", "save_every", "keep_checkpoints", "profile", "resume"}
+FREE |= {"skip_nonfinite", "init_from", "prompts", "generate_tokens", "temperature", "top_p", "wandb_project"}
+FREE |= {"wandb_artifact", "tensorboard", "data_root"}  # data may have moved: the windows compare what is in it
+
+
+def flat(config: dict) -> dict:
+    """`config` with the fields of the model beside the others, as `model.dim`."""
+    return {k: v for k, v in config.items() if k != "model"} | {f"model.{k}": v for k, v in config["model"].items()}
 
 
 # ---------------------------------------------------------------- refusals of values

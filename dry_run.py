@@ -46,7 +46,8 @@ def dry_run(cfg: Config, process: Process, update: Callable, notes: list[str]) -
     optimizers = build_optimizers(model, cfg)
     process.print(table("parameters", parameters_by_part(model)))
     wrapped = wrap_model(model, optimizers, cfg, process)
-    step = partial(measured, update, optimizers=optimizers, step=1, bos_id=0)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=cfg.dtype == "float16")
+    step = partial(measured, update, optimizers=optimizers, step=1, bos_id=0, scaler=scaler)
     weights = sum(p.nbytes for p in model.parameters())
     checkpoint = checkpoint_bytes(model, optimizers)
     parts = {"weights": weights, "gradients": weights, "moments of the optimizer": checkpoint - weights}

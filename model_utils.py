@@ -28,6 +28,14 @@ def place_model(model: Transformer, device: torch.device) -> Transformer:
     return model.to(device)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. The process waits for the copy, unless it is from pinned memory to CUDA.
+
+    From other memory a copy that nobody waits for may read what has been overwritten since.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda" and tensor.is_pinned())
+
+
 def wrap_model(
     model: Transformer, optimizers: Sequence[torch.optim.Optimizer], cfg: Config, process: Process
 ) -> nn.Module:
@@ -90,8 +98,9 @@ class MixedPrecision(nn.Module):
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in bfloat16 if `dtype` is bfloat16. Nothing changes for float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    """Matrix products in `dtype`, bfloat16 or float16. Nothing changes for float32."""
+    is_half = dtype != torch.float32
+    return torch.autocast(device.type, dtype if is_half else torch.bfloat16, enabled=is_half)
 
 
 def cast_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -134,7 +134,12 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every matrix from its gradient."""
+        """One update of every matrix from its gradient.
+
+        The attribute `found_inf`, a scalar 0 or 1 on the device, is 1 where a gradient is not finite. Then nothing
+        changes, as with torch's fused optimizers.
+        """
+        is_left_out = getattr(self, "found_inf", torch.zeros((), device=self.param_groups[0]["params"][0].device))
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -143,26 +148,28 @@ class Muon(torch.optim.Optimizer):
                 lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
                 n = self.ranks[1] * max(1, self.LARGEST_BATCH // shape.numel())
                 for chunk in (params[i : i + n] for i in range(0, len(params), n)):
-                    for p, step in zip(chunk, self.steps_of(chunk, group["momentum"]), strict=True):
+                    for p, step in zip(chunk, self.steps_of(chunk, group["momentum"], is_left_out), strict=True):
                         if decay := group["lr"] * group["weight_decay"]:
                             p.sub_(decay * p * (p * step > 0))
                         p.add_(step, alpha=-lr)
 
-    def steps_of(self, params: list[Tensor], momentum: float) -> list[Tensor]:
-        """The orthogonal steps of `params`, all of one shape. This process computes those of its rank.
+    def steps_of(self, params: list[Tensor], momentum: float, is_left_out: Tensor) -> list[Tensor]:
+        """The orthogonal steps of `params`, all of one shape; or zeros. This process computes those of its rank.
 
         Every process keeps all momenta, so any of them can write the checkpoint.
         """
+        weight = (1 - momentum) * (1 - is_left_out)
         rank, world_size = self.ranks
         size = math.ceil(len(params) / world_size)  # of each share; zeros fill up the last one
         mine = torch.zeros(size, *params[0].shape, dtype=self.dtype, device=params[0].device)
         for place, p in enumerate(params):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            grad = p.grad.where(is_left_out == 0, 0)  # NaN times 0 would be NaN
+            buffer = self.state[p]["momentum_buffer"].lerp_(grad, weight)
             if place // size == rank:
-                mine[place % size] = p.grad.lerp(buffer, momentum)  # the gradient that Nesterov's method expects next
-        mine = orthogonalise(mine)
+                mine[place % size] = grad.lerp(buffer, momentum)  # the gradient that Nesterov's method expects next
+        mine = orthogonalise(mine) * (1 - is_left_out)
         if world_size == 1:
             return list(mine)
         shares = [torch.empty(mine.shape, dtype=self.dtype, device=mine.device) for _ in range(world_size)]
@@ -208,7 +215,8 @@ def build_optimizers(model: Transformer, cfg: Config, ranks: tuple[int, int] = (
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=cfg.betas, fused=True)]
     if matrices:
         group = {"name": "muon", "params": matrices}
-        dtype = getattr(torch, cfg.dtype)
+        # Small gradients would be 0 in float16.
+        dtype = torch.float32 if cfg.dtype == "float16" else getattr(torch, cfg.dtype)
         optimizers.append(Muon([group], cfg.muon_lr, cfg.weight_decay, dtype=dtype, ranks=ranks))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -23,6 +23,7 @@ from threads import num_cores
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from environment import local_rank, rank, world_size
 from hardware import keep_freed_memory
@@ -66,7 +67,7 @@ class Process:
 
 
 def start_process(device: torch.device, timeout: int = 600) -> Process:
-    """Join the process group (NCCL between GPUs, gloo between CPUs) if torchrun started this process.
+    """Join the process group (NCCL between GPUs, gloo between processes) if torchrun started this process.
 
     From here on stop signals are noted, and end the run when it asks for them.
 
@@ -86,7 +87,8 @@ def start_process(device: torch.device, timeout: int = 600) -> Process:
             torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
             dist.init_process_group("gloo", timeout=limit, **place)
         else:
-            dist.init_process_group("nccl", timeout=limit, device_id=device, **place)
+            # NCCL for what is on the GPUs. gloo for what processes agree on, which then waits for no GPU.
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit, device_id=device, **place)
     watch = Watch(rank(), world_size(), store, timeout)
     process = Process(rank(), world_size(), device, watch, Progress(watch, is_shown=rank() == 0))
     watch.last_words = process.progress.close
@@ -185,10 +187,10 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 def sum_over_processes(values: list[float], process: Process) -> list[float]:
-    """Element-wise sum of a few numbers over all processes, in float64."""
+    """Element-wise sum of a few numbers over all processes, in float64. No GPU takes part, so none is waited for."""
     if process.world_size == 1:
         return values
-    total = torch.tensor(values, dtype=torch.float64, device=process.device)
+    total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
@@ -205,12 +207,13 @@ def agree_on_stop(process: Process) -> int:
     return int(max(gather(process.stop, process)))
 
 
-def share_loss_and_stop(loss: float, process: Process) -> tuple[list[float], int]:
-    """Every rank's loss, and what `agree_on_stop` returns, in one small all-reduce."""
-    table = [0.0] * (2 * process.world_size)
-    table[process.rank], table[process.world_size + process.rank] = loss, process.stop
-    table = sum_over_processes(table, process)
-    return table[: process.world_size], int(max(table[process.world_size :]))
+def gather_on_device(value: Tensor, process: Process) -> Tensor:
+    """The number of each rank, (world_size,), on the device. Between GPUs no process waits for it."""
+    table = value.new_zeros(process.world_size)
+    table[process.rank] = value
+    if process.world_size > 1:
+        dist.all_reduce(table)
+    return table
 
 
 class RankZeroFailed(Exception):
@@ -241,7 +244,7 @@ def run_on_rank_zero(work: Callable[[], Any], process: Process) -> Any:
         process.watch.wait_for(key)
     # The key only ends the wait. The answer itself does without the store, which torchrun may take with it.
     try:
-        dist.broadcast_object_list(answer, src=0, device=process.device)
+        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
     finally:
         if error:
             raise error

@@ -122,9 +122,9 @@ class Progress:
         since = time.monotonic() if part == 0 or not self.activity.step else self.activity.since
         self.activity = Activity("compiling" if self.compiles else "micro-step", part, parts, since, step)
 
-    def finished(self, step: int, figures: Sequence[str]) -> None:
-        """Update number `step` is done. The `figures` are for the bar."""
-        self.step, self.figures, self.compiles = step, figures, False
+    def updated(self, step: int) -> None:
+        """Update number `step` is made. A GPU may still be busy with it."""
+        self.step, self.compiles = step, False
 
     def said(self) -> None:
         """A line has been printed."""

@@ -278,10 +278,11 @@ class Records:
         if lines:
             self.process.print(f"step {step:>6}  {lines[0]}", *(f"{'':13}{line}" for line in lines[1:]), sep="\n")
 
-    def training(self, step: int, seconds: float, row: dict) -> None:
+    def training(self, step: int, seconds: float, row: dict, left_out: str = "") -> None:
         """The row of an update that took `seconds`: `row` holds train_loss, lr and grad_norm.
 
-        An update that was left out has `skipped` instead of train_loss and grad_norm: how many were left out in a row.
+        An update that was `left_out`, for the cause given, has `skipped` instead of train_loss and grad_norm: how many
+        were left out in a row.
         The printed speed is that since the last line. The first update of a start is always printed.
         """
         tokens_per_sec = self.cfg.total_batch_size / seconds
@@ -290,9 +291,9 @@ class Records:
         speed = self.cfg.total_batch_size * len(self.since_line) / sum(self.since_line)
         loss = [f"loss {decimals(row['train_loss'], 4)}"] if "train_loss" in row else []
         rate, is_first, left = f"{tqdm.format_sizeof(speed)} tokens/s", self.first_step is None, self.time_left(step)
-        self.process.progress.finished(step, [*loss, rate, *left])
+        self.process.progress.figures = [*loss, rate, *left]
         if "skipped" in row:
-            self.write(step, row, f"left out: a loss or the gradient is not finite; {row['skipped']} in a row")
+            self.write(step, row, f"left out: {left_out}; {row['skipped']} in a row")
         elif is_first or step % self.cfg.log_every == 0 or step == self.cfg.max_steps:
             norm, mfu = f"norm {decimals(row['grad_norm'], 2)}", f"mfu {speed * self.flops / self.peak:.0%}"
             self.write(step, row, "  ".join([*loss, norm, rate, mfu, *left]))

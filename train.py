@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from environment import world_size
 from evaluation import draw_samples, due_at, is_due, score_hellaswag, validate
 from files import FolderLocked, allow_any_text_in_output, let_output_fail
 from model import ModelConfig, Transformer, document_positions
-from model_utils import place_model, wrap_model
+from model_utils import place_model, to_device, wrap_model
 from optimizers import build_optimizers, set_schedules
 from processes import (
     Process,
@@ -44,10 +44,10 @@ from processes import (
     agree_on_stop,
     compare_ranks,
     end_process,
+    gather_on_device,
     is_lost_connection,
     run_on_rank_zero,
     say_why,
-    share_loss_and_stop,
     start_process,
 )
 from profiling import start_profiler
@@ -57,6 +57,7 @@ from rows import SourceError
 from run_config import read_config
 from run_data import RunData, describe, open_data
 from run_lock import RunLock
+from updates import Update, Updates
 from wandb_log import finish_after_error
 
 # ================================ CONFIGURATION ================================
@@ -157,21 +158,6 @@ CONFIGS = {"original": ORIGINAL, "recommended": RECOMMENDED, "sample": SAMPLE}
 # ============================== END CONFIGURATION ==============================
 
 
-@dataclass(frozen=True)
-class Update:
-    """What all ranks know of an update."""
-
-    losses: list[float]  # of each rank
-    grad_norm: float  # of the whole gradient, before clipping
-    rates: dict[str, float]  # learning rates by the role of the parameters
-    stop: int  # the stop signal that all ranks have agreed on, or 0
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the update was made. Otherwise the parameters have not been touched."""
-        return all(map(math.isfinite, [*self.losses, self.grad_norm]))
-
-
 def update(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
@@ -181,35 +167,40 @@ def update(
     *,
     accumulation: int,
     bos_id: int,
+    scaler: torch.amp.GradScaler,
     process: Process,
 ) -> Update | None:
     """Update number `step`: accumulate, clip, learning rate, step. It takes a batch for each micro-step.
 
-    Returns None, with nothing changed, if a stop signal came between micro-steps. dry_run.py measures this function.
+    This process asks the device for all of it, and never waits for a number. Returns None, with nothing changed, if a
+    stop signal came before the last micro-step. dry_run.py measures this function.
     """
-    mean_loss = torch.zeros((), device=process.device)
+    began, mean_loss = time.perf_counter(), torch.zeros((), device=process.device)
     for micro_step in range(accumulation):
         is_last = micro_step == accumulation - 1
         if process.stop and not is_last:
             continue  # this rank has heard a stop signal; before the last micro-step all agree
-        if is_last and accumulation > 1 and agree_on_stop(process):
+        if is_last and agree_on_stop(process):
             model.zero_grad(set_to_none=True)
             return None
         process.progress.micro_step(step, micro_step, accumulation)
-        x, y = (t.to(process.device, non_blocking=True) for t in next(batches))  # (B, T) each
+        x, y = (to_device(t, process.device) for t in next(batches))  # (B, T) each
         # DDP decides in the forward pass whether the backward pass will send gradients: once a step is enough.
         model.require_backward_grad_sync = is_last
         positions = document_positions(x, bos_id) if cfg.document_mask else None
         loss = model(x, y, positions=positions)
-        (loss / accumulation).backward()
+        scaler.scale(loss / accumulation).backward()  # float16 needs larger gradients; elsewhere the scale is 1
         mean_loss += loss.detach() / accumulation
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    losses, stop = share_loss_and_stop(mean_loss.item(), process)
-    done = Update(losses, grad_norm.item(), set_schedules(optimizers, step, cfg), stop)
     for optimizer in optimizers:
-        if done.is_finite:
-            optimizer.step()
+        scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+    rates, scale = set_schedules(optimizers, step, cfg), scaler.scale(torch.ones((), device=process.device))
+    done = Update(step, began, rates, gather_on_device(mean_loss, process), grad_norm, scale)
+    for optimizer in optimizers:
+        optimizer.found_inf = done.is_left_out  # where it is 1, the step changes nothing
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    scaler.update()
     return done
 
 
@@ -219,7 +210,8 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str
     data = open_data(cfg, SAMPLE, process)
     bare_model = place_model(Transformer(cfg.model), process.device)
     optimizers = build_optimizers(bare_model, cfg, (process.rank, process.world_size))
-    state = TrainState(bare_model, optimizers, data.windows)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=cfg.dtype == "float16")
+    state = TrainState(bare_model, optimizers, data.windows, scaler)
     start = begin(state, cfg, process)
     compare_ranks(data.facts() | start.facts() | {"first step": state.step}, process)
     missing = due_at(state.step, cfg) - set(start.recorded)  # evaluations that a kill after the save has cut off
@@ -235,28 +227,32 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str
     accumulation, bos_id = data.windows.layout.accumulation, data.tokenizer.bos_id
     batches = data.windows.batches(state.step, cfg.max_steps, process.device)
     profiler = start_profiler(cfg.profile, Path(cfg.out_dir) / "profile", process)
-    stop, skipped = agree_on_stop(process), 0
+    updates, stop = Updates(records, saver, cfg, process), agree_on_stop(process)
     saved = -1 if start.checkpoint and not start.same_run else state.step
     process.progress.begin(cfg, state.step, saved)
     for step in range(state.step, cfg.max_steps + 1):
         if step > state.step and not stop:  # the first pass only evaluates
             process.watch.begin(step)
-            began = time.perf_counter()
             done = update(
-                model, optimizers, batches, step, cfg, accumulation=accumulation, bos_id=bos_id, process=process
+                model,
+                optimizers,
+                batches,
+                step,
+                cfg,
+                accumulation=accumulation,
+                bos_id=bos_id,
+                scaler=state.scaler,
+                process=process,
             )
-            seconds = time.perf_counter() - began
-            process.watch.end("after the update")
-            if done is None:
-                stop = agree_on_stop(process)
-            else:
-                state.step, stop, missing = step, done.stop, due_at(step, cfg)
-                skipped = 0 if done.is_finite else skipped + 1
-                if skipped > cfg.skip_nonfinite:
-                    run_on_rank_zero(saver.wait, process)  # the message lists what is saved
-                    raise ValueError(broken(step, done, saver.folder))
-                records.training(step, seconds, row_of(done, skipped))
+            if done:
+                state.step, missing = step, due_at(step, cfg)
+                updates.add(done)
                 profiler.step()
+            process.watch.end("after the update")
+            if not done:
+                stop = agree_on_stop(process)
+        must_save = state.step != saved and (stop or saved < 0 or step == cfg.max_steps or is_due(cfg.save_every, step))
+        updates.record(everything=bool(missing or must_save or stop))
 
         # ---- along the way: what a stop signal leaves out here, the resumed run makes up
         val_loss = math.inf
@@ -269,7 +265,7 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str
                     raise ValueError(f"step {step}: the validation loss is {val_loss}; {ways_back(saver.folder)}")
                 records.validation(step, row, data.windows.shares(step))
         is_best = val_loss < state.best_val_loss
-        if state.step != saved and (stop or saved < 0 or step == cfg.max_steps or is_due(cfg.save_every, step)):
+        if state.step != saved and (stop or must_save):  # a signal may have come meanwhile
             is_end = stop > 0 or step == cfg.max_steps
             saved = save(state, val_loss, cfg, data, saver, process, is_last=is_end)
         elif is_best and step and state.step == saved:
@@ -312,29 +308,6 @@ def save(
     run_on_rank_zero(partial(saver.save, checkpoint, is_best=is_best, is_last=is_last), process)
     process.progress.saved = state.step
     return state.step
-
-
-def row_of(done: Update, skipped: int) -> dict:
-    """The row of an update. One that was left out has neither loss nor norm: JSON has no word for NaN.
-
-    "lr" is the rate of the blocks' matrices.
-    """
-    rates = dict(done.rates)
-    row = {"lr": rates["muon"] if "muon" in rates else rates.pop("matrix")}
-    row |= {f"{role}_lr": rate for role, rate in rates.items()}
-    if skipped:
-        return row | {"skipped": skipped}
-    return {"train_loss": sum(done.losses) / len(done.losses)} | row | {"grad_norm": done.grad_norm}
-
-
-def broken(step: int, done: Update, folder: Path) -> str:
-    """Says which loss or gradient of an update is not finite, and how to go on."""
-    named = {f"loss on rank {rank}": loss for rank, loss in enumerate(done.losses)} | {"gradient": done.grad_norm}
-    culprits = ", ".join(f"the {name} is {figure}" for name, figure in named.items() if not math.isfinite(figure))
-    return (
-        f"step {step}: {culprits}, which is not finite, so the run stops before this update; {ways_back(folder)}; "
-        "--skip_nonfinite N leaves up to N such updates out"
-    )
 
 
 def run(cfg: Config, process: Process, notes: list[str]) -> int:

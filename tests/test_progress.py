@@ -41,7 +41,8 @@ def followed(out_dir: Path) -> Progress:
     following = Progress(SimpleNamespace(stop=0, is_first_alive=lambda: True), is_shown=True)
     following.begin(replace(ORIGINAL, out_dir=str(out_dir), max_steps=LARGEST), step=5, saved=5)
     (out_dir / "checkpoints/step_00000005").mkdir(parents=True)
-    following.finished(7, ["loss 3.0568", "23.4k tokens/s", "4m05s left"])
+    following.updated(7)
+    following.figures = ["loss 3.0568", "23.4k tokens/s", "4m05s left"]
     return following
 
 
@@ -176,7 +177,8 @@ def test_elsewhere_a_plain_line_ends_a_silence(monkeypatch, clock, tmp_path, out
         clock.now += 4.5
         following.micro_step(8, part, 16)
         following.tick()
-    following.finished(8, ["loss 3.0568", "12 tokens/s"])
+    following.updated(8)
+    following.figures = ["loss 3.0568", "12 tokens/s"]
     following.doing("validation", 0, 64)
     clock.now += SILENCE - 1
     following.doing("validation", 1, 64)
