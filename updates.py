@@ -115,7 +115,8 @@ class Updates:
         self.records, self.saver, self.cfg, self.process = records, saver, cfg, process
         self.ahead = 1 if process.device.type == "cuda" else 0  # updates that the device may still be busy with
         self.pending: deque[Update] = deque()
-        self.skipped = self.broken = 0  # updates in a row that were left out; those for another reason than float16
+        self.skipped = self.broken = 0  # updates in a row that were left out; those that no smaller loss scale mends
+        self.scale_of_skipped = 0.0  # the loss scale of the last of them
         self.last = 0.0  # when the last recorded update was done
 
     def add(self, update: Update) -> None:
@@ -135,10 +136,11 @@ class Updates:
             update.wait()
             seconds, self.last = update.done - max(update.began, self.last), update.done
             if update.is_finite:
-                self.skipped = self.broken = 0
+                self.skipped, self.broken, self.scale_of_skipped = 0, 0, 0.0
             else:
                 self.skipped += 1
-                self.broken += not update.has_overflowed
+                self.broken += not update.has_overflowed or update.loss_scale == self.scale_of_skipped
+                self.scale_of_skipped = update.loss_scale
             if self.broken > self.cfg.skip_nonfinite:
                 run_on_rank_zero(self.saver.wait, self.process)  # the message lists what is saved
                 raise ValueError(update.fault(self.saver.folder))
