@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
-SLICE = 1024  # C: enough tokens for a matrix product at a CPU's full speed; not measured on GPUs
+SLICE = 1024  # C on a CPU: enough tokens for a matrix product at full speed; the least on a GPU, see `slice_size`
 BLOCK = 1024  # ids whose logits a CPU computes at once without gradients: 1,024 x 1,024 logits are 4 MiB in float32
 
 
@@ -38,7 +38,7 @@ class OutputLoss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.kernel = losses_and_shares  # model_utils.py puts the compiled function in its place
+        self.kernel = losses_and_gradient  # model_utils.py puts the compiled function in its place
 
     def forward(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of hidden states x (B, T, D) against targets (B, T). Raises what `check_targets` raises.
@@ -61,31 +61,32 @@ class SlicedLoss(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, kernel) -> Tensor:
         """x (N, D), weight (V, D), targets (N,) -> scalar loss. Slices are added up in float32."""
         check_targets(targets, len(weight))
-        counted = targets != IGNORED
-        shares, targets = counted / counted.sum(), targets.where(counted, 0)  # a token's share of the mean
+        counted = (targets != IGNORED).float()  # 1 or 0
+        targets = targets.where(targets != IGNORED, 0)
         x_cast, weight_cast = x.to(product_dtype(x)), weight.to(product_dtype(x))
         x_grad, weight_grad = torch.empty_like(x_cast), torch.empty_like(weight, dtype=torch.float32)
-        loss = torch.zeros((), device=x.device)
+        total = torch.zeros((), device=x.device)
         for chunk, logits in logit_slices(x_cast, weight_cast):
-            losses = kernel(logits, targets[chunk], shares[chunk])
-            loss += (losses * shares[chunk]).sum()
-            # The gradient is the softmax, less 1 at the target, times the share. Compute p - 1 with expm1: in bfloat16
-            # a p near 1 rounds to 1, and p - 1 would be 0.
-            at_target = torch.expm1(-losses) * shares[chunk]
+            losses = kernel(logits, targets[chunk], counted[chunk])
+            total += (losses * counted[chunk]).sum()
+            # The gradient is the softmax, less 1 at the target. Compute p - 1 with expm1: in bfloat16 a p near 1 rounds
+            # to 1, and p - 1 would be 0.
+            at_target = torch.expm1(-losses) * counted[chunk]
             logits_grad = logits.scatter_(1, targets[chunk, None], at_target[:, None].to(logits.dtype))
             torch.mm(logits_grad, weight_cast, out=x_grad[chunk])
             add_product(weight_grad, logits_grad.T, x_cast[chunk], is_first=chunk.start == 0)
-        ctx.gradients = x_grad.to(x.dtype), weight_grad.to(weight.dtype)
-        return loss
+        # They are those of the sum. `backward` divides: before, the parts of a mean would be too small for float16.
+        ctx.gradients = x_grad.to(x.dtype), weight_grad.to(weight.dtype), counted.sum()
+        return total / counted.sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the forward pass, times `grad`. They are handed on without a copy, so only once."""
+        """The gradients of the mean, times `grad`. They are handed on without a copy, so only once."""
         if ctx.gradients is None:
             raise RuntimeError("this loss goes backward only once, because it hands its gradients on without a copy")
-        x_grad, weight_grad = ctx.gradients
+        x_grad, weight_grad, count = ctx.gradients
         ctx.gradients = None
-        return x_grad.mul_(grad), weight_grad.mul_(grad), None, None
+        return x_grad.mul_(grad / count), weight_grad.mul_(grad / count), None, None
 
 
 @torch.no_grad()
@@ -113,29 +114,46 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return losses.where(ids != IGNORED, 0).view(targets.shape)
 
 
-def losses_and_shares(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropies (C,) of logits (C, V) against targets (C,). Overwrites the logits: softmax times `shares` (C,).
+def losses_and_gradient(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """Cross-entropies (C,) of logits (C, V) against targets (C,). Overwrites the logits: softmax times `counted` (C,).
 
     Compiled, it needs no second buffer of logits. It would need one if it also wrote to the targets' places.
     """
     log_p = logits.float().log_softmax(-1)
     losses = -log_p.gather(1, targets[:, None])
-    logits.copy_(log_p.exp_().mul_(shares[:, None]))
+    logits.copy_(log_p.exp_().mul_(counted[:, None]))
     return losses[:, 0]
 
 
 def logit_slices(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The slices of x (N, D), each with its logits (C, V). All slices share one buffer for their logits."""
-    buffer = x.new_empty(min(len(x), SLICE), len(weight))
-    for start in range(0, len(x), SLICE):
-        chunk = slice(start, min(start + SLICE, len(x)))
+    size = slice_size(x.device, len(weight) * x.element_size())
+    buffer = x.new_empty(min(len(x), size), len(weight))
+    for start in range(0, len(x), size):
+        chunk = slice(start, min(start + size, len(x)))
         yield chunk, torch.mm(x[chunk], weight.T, out=buffer[: chunk.stop - start])
+
+
+def slice_size(device: torch.device, row_bytes: int) -> int:
+    """C, for logits of `row_bytes` a token. On CUDA a power of two, for a 64th of the GPU's memory at most.
+
+    Each slice reads and writes the gradient of the whole weight, so a GPU should have few. The size depends on the
+    whole memory and not on what is free: the sums of a resumed run are then rounded as before.
+    """
+    if device.type != "cuda":
+        return SLICE
+    rows = torch.cuda.get_device_properties(device).total_memory // 64 // row_bytes
+    return max(SLICE, 2 ** (rows.bit_length() - 1)) if rows else SLICE
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
     """Add a @ b, a product in the dtype of a, to `total` in float32. The first product overwrites `total`."""
     if a.dtype == torch.float32:
         total.addmm_(a, b, beta=0 if is_first else 1)
+    elif a.is_cuda and is_first:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     elif is_first:
         total.copy_(a @ b)
     else:

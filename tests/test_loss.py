@@ -1,5 +1,7 @@
 """loss.py: the loss in slices compared with the plain loss and with torch's cross-entropy, also in bfloat16."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,9 +95,35 @@ def test_slices_under_bf16_autocast_add_up_in_float32(monkeypatch):
     assert (rough - exact).norm() < 0.01 * exact.norm()
 
 
+def test_a_mean_of_many_tokens_has_a_gradient_in_float16():
+    """A probability of 1/8192, divided by 4,096 tokens, is 0 in float16. A loss scale comes only in the backward pass."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 4096, 16), (0.02 * torch.randn(8192, 16)).requires_grad_()
+    targets = torch.randint(50, (1, 4096))
+    [exact] = torch.autograd.grad(F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten()), weight)
+    with torch.autocast("cpu", torch.float16):
+        loss = OutputLoss()(x, weight, targets)
+    [rough] = torch.autograd.grad(loss, weight)
+    never = slice(50, None)  # ids that are no target: their logits get small gradients alone
+    assert (rough - exact)[never].norm() < 0.01 * exact[never].norm()
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("memory", "vocab_size", "rows"), [(80, 128_256, 4096), (16, 128_256, 1024), (80, 4096, 2**17), (2, 128_256, 1024)]
+)
+def test_slices_on_a_gpu_are_a_64th_of_its_memory_and_no_smaller_than_on_a_cpu(monkeypatch, memory, vocab_size, rows):
+    properties = SimpleNamespace(total_memory=memory * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert loss_module.slice_size(torch.device("cuda", 0), 2 * vocab_size) == rows
+    assert rows == loss_module.SLICE or rows * 2 * vocab_size <= memory * GIB / 64 < 4 * rows * vocab_size
+    assert loss_module.slice_size(torch.device("cpu"), 2 * vocab_size) == loss_module.SLICE
+
+
 def test_a_target_that_is_nearly_certain_keeps_its_gradient_in_bf16():
-    """If p were rounded to bfloat16 before 1 is subtracted, the gradient would be 0 or far too large. A share of 1/12
-    is rounded in bfloat16 too."""
+    """If p were rounded to bfloat16 before 1 is subtracted, the gradient would be 0 or far too large."""
     model = random_model()
     targets = random_tokens(1, 12)
     with torch.no_grad():
@@ -199,8 +227,8 @@ def test_no_tokens_have_no_losses():
 
 @pytest.mark.usefixtures("compiler")
 def test_the_compiled_kernel_needs_no_second_buffer_of_logits():
-    logits, targets, shares = torch.randn(64, 2048), torch.randint(2048, (64,)), torch.rand(64)
-    kernel = torch.compile(loss_module.losses_and_shares, dynamic=False)
+    logits, targets, shares = torch.randn(64, 2048), torch.randint(2048, (64,)), torch.rand(64)  # any factors
+    kernel = torch.compile(loss_module.losses_and_gradient, dynamic=False)
     kernel(logits.clone(), targets, shares)  # compiles
     expected = logits.softmax(-1) * shares[:, None], F.cross_entropy(logits, targets, reduction="none")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
