@@ -96,7 +96,7 @@ def test_slices_under_bf16_autocast_add_up_in_float32(monkeypatch):
 
 
 def test_a_mean_of_many_tokens_has_a_gradient_in_float16():
-    """A probability of 1/8192, divided by 4,096 tokens, is 0 in float16. A loss scale comes only in the backward pass."""
+    """A probability of 1/8192, over 4,096 tokens, is 0 in float16. The loss scale comes later, in the backward pass."""
     torch.manual_seed(0)
     x, weight = torch.randn(1, 4096, 16), (0.02 * torch.randn(8192, 16)).requires_grad_()
     targets = torch.randint(50, (1, 4096))
