@@ -2,13 +2,19 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.config as dynamo_config
+import torch._functorch.config as functorch_config
+import torch.distributed as dist
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model_utils
 from config import config_as_dict
 from model import ModelConfig, Transformer
 from model_utils import (
@@ -153,3 +159,55 @@ def test_a_forward_pass_without_gradients_spoils_no_later_one():
         mixed(tokens, tokens)
     mixed(tokens, tokens).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------- what DDP sends, and when
+
+
+@pytest.fixture
+def group_of_one():
+    """A process group whose only process sends to itself."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_gradients_are_sent_in_float32_while_earlier_blocks_still_go_backward(monkeypatch, is_compiled):
+    """The second update has the order of all later ones."""
+    small_buckets = partial(DistributedDataParallel, bucket_cap_mb=0.05)
+    monkeypatch.setattr(model_utils, "DistributedDataParallel", small_buckets)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    cfg = with_recipe(replace(ORIGINAL, dtype="bfloat16", compile=is_compiled, model=replace(TINY, n_layers=4)))
+    process = Process(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(process.progress, "doing", lambda *args: None)
+    model, events = Transformer(cfg.model), []
+    names = {p: name for name, p in model.named_parameters()}
+
+    def send(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        events.append(("sent", bucket.buffer().dtype, [names[p] for p in bucket.parameters()]))
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    with dynamo_config.patch(optimize_ddp=True), functorch_config.patch(activation_memory_budget=1.0):  # restores them
+        wrapped = wrap_model(model, build_optimizers(model, cfg), cfg, process)
+        wrapped.register_comm_hook(None, send)
+        for p, name in names.items():
+            p.register_post_accumulate_grad_hook(lambda _, name=name: events.append(("there", None, [name])))
+        for _ in range(2):
+            events.clear()
+            tokens = torch.randint(512, (2, 16))
+            wrapped(tokens, tokens).backward()
+    sent = [(dtype, parameters) for what, dtype, parameters in events if what == "sent"]
+    assert {dtype for dtype, _ in sent} == {torch.float32}
+    assert sorted(name for _, parameters in sent for name in parameters) == sorted(names.values())
+    assert len(sent) > 4 and "output.weight" in sent[0][1] and "tok_embeddings.weight" in sent[-1][1]
+    for block in range(
+        4
+    ):  # all of a later block is sent before the first gradient of the block before the last is there
+        there = events.index(("there", None, [f"layers.{block}.attention.wq.weight"]))
+        before = {name for what, _, parameters in events[:there] if what == "sent" for name in parameters}
+        for later in range(block + 2, 4):
+            assert {name for name in names.values() if f"layers.{later}." in name} <= before, (block, later)
