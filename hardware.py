@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from wheels import cause_of_uncovered_gpu, cause_of_unused_gpu
+
 # ---------------------------------------------------------------- device
 
 
@@ -21,9 +23,12 @@ def pick_device(name: str, place: tuple[int, int] | None = None) -> torch.device
             Processes that train together take the GPU of their own number.
 
     Raises:
-        ValueError: this machine has no such device. The message names the cure.
+        ValueError: this machine has no such device; or it has an NVIDIA GPU that this torch cannot use, which the CPU
+            would replace without a word. The message names the cure.
     """
     alone = place is None
+    if re.match("auto|cuda", name) and not torch.cuda.is_available() and (cause := cause_of_unused_gpu()):
+        raise ValueError(f"device={name}: {cause}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
     try:
@@ -41,6 +46,9 @@ def pick_device(name: str, place: tuple[int, int] | None = None) -> torch.device
         if largest >= count:
             cure = "pass --device cpu" if alone else "start fewer processes, or pass --device cpu"
             raise ValueError(f"device={name}: GPU {largest} was asked for and {count} are visible, from 0 on; {cure}")
+        for index in [largest] if alone else range(place[1]):  # those of the other processes, for the same reason
+            if cause := cause_of_uncovered_gpu(index):
+                raise ValueError(f"device={name}: {cause}")
         return torch.device("cuda", largest if alone else place[0])
     if device.type == "mps" and not (alone and torch.backends.mps.is_available()):
         raise ValueError(f"device={name}: needs an Apple GPU and a single process; pass --device cpu")
