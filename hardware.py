@@ -68,24 +68,57 @@ def device_name(device: torch.device) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which `device` multiplies matrices fastest: bfloat16 where the hardware has it, else float32.
+# The least compute capability of an NVIDIA GPU that multiplies matrices of a dtype in hardware; the best dtype first.
+LEAST_CAPABILITY = {torch.bfloat16: (8, 0), torch.float16: (7, 0)}
 
-    Without hardware for it, as on most laptops' CPUs, bfloat16 is emulated, 10 to 100 times slower than float32.
+
+def has_in_hardware(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `device` multiplies matrices of `dtype` in hardware.
+
+    Without it, as on most laptops' CPUs, bfloat16 is emulated, 10 to 100 times slower than float32. The float16 of CPUs
+    counts as not there.
     """
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    else:
-        has_bf16 = True
-    return torch.bfloat16 if has_bf16 else torch.float32
+    if device.type == "cuda" and dtype in LEAST_CAPABILITY:
+        return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY[dtype]
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type != "cpu" or dtype != torch.float16
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which `device` multiplies matrices fastest: the first of bfloat16 and float16 that it has in
+    hardware, else float32.
+
+    Training in float16 needs its loss scaled. For a trained model see `dtype_as_trained`.
+    """
+    return next((dtype for dtype in LEAST_CAPABILITY if has_in_hardware(device, dtype)), torch.float32)
+
+
+def dtype_as_trained(device: torch.device, trained_in: str | None) -> torch.dtype:
+    """The dtype to run a model in whose products had the dtype `trained_in`: that one where `device` has it in
+    hardware, else float32.
+
+    float16 does not stand in for bfloat16: the numbers of a model trained in bfloat16 may be beyond its range.
+    """
+    dtypes = (dtype for dtype in LEAST_CAPABILITY if dtype_name(dtype) == trained_in)
+    return next((dtype for dtype in dtypes if has_in_hardware(device, dtype)), torch.float32)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """ "float32" for torch.float32, and so on."""
     return str(dtype).removeprefix("torch.")
+
+
+def set_tf32(device: torch.device, is_on: bool) -> None:
+    """Let CUDA round the factors of float32 products to TF32, which has 10 bits of mantissa, or keep all their bits.
+
+    torch.backends.cuda.matmul.fp32_precision is the newer switch. But where it alone says tf32,
+    torch.get_float32_matmul_precision() raises, and inductor calls that one when it tunes a product (torch 2.13,
+    _inductor/select_algorithm.py). The function below sets both alike. Off is set too, because NVIDIA's containers may
+    have switched TF32 on with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if is_on else "highest")
 
 
 def can_compile(device: torch.device, say: Callable[[str], None] = print) -> bool:

@@ -90,8 +90,8 @@ class MixedPrecision(nn.Module):
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in bfloat16 if `dtype` is bfloat16. Nothing changes for float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    """Matrix products in `dtype`, bfloat16 or float16. Nothing changes for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def cast_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
