@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import FREE, RATES, Config, config_as_dict, flat
+from config import FREE, LATER_FIELDS, Config, config_as_dict, flat
 from dataloaders import TrainWindows
 from files import atomic_folder, atomic_write, check_free_space, sha256_of
 from json_files import check_values, read_object
@@ -364,7 +364,7 @@ def check_run(path: Path, state: dict, cfg: Config) -> dict[str, list]:
             check_values(state["loss_scale"], {"scale": float, "_growth_tracker": int})
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path / STATE}: damaged ({error}); use an older checkpoint") from error
-    was, now = dict.fromkeys(RATES) | flat(state["config"]), flat(config_as_dict(cfg))  # older runs had fewer rates
+    was, now = LATER_FIELDS | flat(state["config"]), flat(config_as_dict(cfg))
     free = FREE | {"muon_lr"} if cfg.optimizer == "adamw" else FREE
     changes = {k: [was[k], v] for k, v in now.items() if k in was and was[k] != v and k not in free}
     lines = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items()]

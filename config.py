@@ -17,7 +17,7 @@ import torch
 from command_line import shown
 from dataloaders import folder_quotas
 from environment import local_rank, local_world_size, world_size
-from hardware import fastest_dtype, pick_device
+from hardware import has_in_hardware, pick_device
 from model import ModelConfig, model_errors
 from tokenizer import VOCAB_SIZES, Tokenizer
 
@@ -57,6 +57,7 @@ class Config:
     # Device
     device: str  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "bfloat16", "float16", "float32"]  # of the matrix products; auto: the fastest here
+    tf32: bool  # on CUDA with dtype=float32: round the factors of products to 10 bits of mantissa; faster
     compile: bool | Literal["auto"]  # torch.compile; auto: where a compiler is found
     seed: int  # of the initial weights and of the order of the data
     timeout: int  # seconds that ranks wait for a rank that has fallen silent
@@ -125,6 +126,8 @@ def flat(config: dict) -> dict:
 # ---------------------------------------------------------------- refusals of values
 
 RATES = ("max_lr", "embedding_lr", "output_lr", "norm_lr", "muon_lr")
+# Fields that the oldest checkpoints lack, and the values that their runs had.
+LATER_FIELDS = dict.fromkeys(RATES) | {"tf32": False}
 POSITIVE = ("total_batch_size", "batch_size", "max_steps", "log_every", "val_tokens", "keep_checkpoints")
 POSITIVE += ("generate_tokens", "timeout")
 NOT_NEGATIVE = ("val_every", "hellaswag_every", "generate_every", "save_every", "hellaswag_limit", "warmup_steps")
@@ -195,13 +198,19 @@ def config_errors(cfg: Config) -> list[str]:
 
 
 def device_errors(cfg: Config) -> list[str]:
+    """A sentence for a device that is not there; else for each dtype that it lacks."""
     try:
         device = local_device(cfg.device)
     except ValueError as error:
         return [str(error)]
-    if cfg.dtype == "bfloat16" and device.type == "cuda" and fastest_dtype(device) == torch.float32:
-        return [f"dtype={cfg.dtype}: this GPU has none; pass --dtype float32"]
-    return []
+    errors, is_cuda = [], device.type == "cuda"
+    if is_cuda and cfg.dtype != "auto" and not has_in_hardware(device, getattr(torch, cfg.dtype)):
+        errors.append(f"dtype={cfg.dtype}: this GPU has none in hardware; leave it out, or pass --dtype float32")
+    # A GPU with bfloat16 has TF32, too.
+    if cfg.tf32 and not (is_cuda and cfg.dtype == "float32" and has_in_hardware(device, torch.bfloat16)):
+        what = "only products in float32 on CUDA, from compute capability 8.0 on, can use it"
+        errors.append(f"tf32=True: {what}; pass --dtype float32 on such a GPU, or leave it out")
+    return errors
 
 
 def prompt_errors(cfg: Config) -> list[str]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from command_line import SWITCH, FlagParser
 from files import allow_any_text_in_output
-from hardware import fastest_dtype, pick_device
+from hardware import dtype_as_trained, pick_device
 from model import Transformer
 from model_utils import cast_parameters, load_model
 from sampling import Sampling, drop_oldest, generate, seeded, stream_ids
@@ -378,8 +378,7 @@ def main() -> int:
         prompt = read_prompt(args)
         device = pick_device(args.device)
         model, checkpoint = load_model(args.checkpoint, device)
-        if checkpoint.get("dtype") == "bfloat16":  # its products in training were, too
-            cast_parameters(model, fastest_dtype(device))
+        cast_parameters(model, dtype_as_trained(device, checkpoint["dtype"]))
         tokenizer = Tokenizer(vocab_size=model.config.vocab_size)
         generator = seeded(args.seed, device)
         if prompt is not None:

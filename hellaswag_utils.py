@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from command_line import FlagParser, at_least, results_of
 from files import allow_any_text_in_output
-from hardware import fastest_dtype, keep_freed_memory, pick_device
+from hardware import dtype_as_trained, keep_freed_memory, pick_device
 from json_files import parse_object, shown
 from loss import IGNORED, token_losses
 from model import Transformer
@@ -338,9 +338,8 @@ def main() -> int:
         return 1
     if device.type == "cpu":
         keep_freed_memory()
-    dtype = fastest_dtype(device) if checkpoint["dtype"] == "bfloat16" else torch.float32
     try:
-        with autocast(device, dtype):
+        with autocast(device, dtype_as_trained(device, checkpoint["dtype"])):
             counts = count_correct(model, examples, batch_tokens=args.batch_tokens, show_progress=True)
     except torch.OutOfMemoryError as error:
         print(f"hellaswag_utils.py: {error} Halve --batch_tokens; the scores stay the same", file=sys.stderr)

@@ -99,8 +99,7 @@ class MixedPrecision(nn.Module):
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype`, bfloat16 or float16. Nothing changes for float32."""
-    is_half = dtype != torch.float32
-    return torch.autocast(device.type, dtype if is_half else torch.bfloat16, enabled=is_half)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def cast_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:

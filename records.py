@@ -249,7 +249,8 @@ class Records:
         self.metrics: MetricsLog | None = None  # on rank zero alone
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         run_on_rank_zero(partial(self._open, last_step, goes_on), process)
-        self.peak = process.world_size * peak_flops(process.device, getattr(torch, cfg.dtype))  # FLOP/s of all devices
+        peak, self.peak_source = peak_flops(process.device, getattr(torch, cfg.dtype))
+        self.peak = process.world_size * peak  # FLOP/s of all devices
         self.flops = flops_per_token(model)
         self.first_step: tuple[int, float] | None = None  # of this start: its number, and the time when it was done
         self.since_line: list[float] = []  # seconds of the updates since the last printed one

@@ -5,9 +5,12 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+
 import hellaswag_utils
 from config import Config
 from dataloaders import BLOCK, BatchLayout, TrainWindows, digest_of, open_streams, validation_batches
+from hardware import has_in_hardware
 from load_hellaswag_dataset import write_sample
 from preparation import prepare
 from processes import Process, run_on_rank_zero
@@ -79,13 +82,23 @@ def describe(cfg: Config, process: Process, data: RunData, records: Records) -> 
     shape += f" x {cfg.batch_size} x {cfg.model.max_seq_len}"
     return [
         f"{records.num_parameters / 1e6:.1f}M parameters on {processes} x {process.device}, "
-        f"peak {records.peak / 1e12:.2f} TFLOP/s",
+        f"peak {records.peak / 1e12:.2f} TFLOP/s ({records.peak_source})",
+        *float32_products(cfg, process.device),
         f"{cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens: {shape}",
         *(
             f"{tokens * stream.quota / BLOCK / len(stream):.2f} epochs of {len(stream):,} tokens"
             for stream in data.windows.streams
         ),
     ]
+
+
+def float32_products(cfg: Config, device: torch.device) -> list[str]:
+    """A line on the products of a run in float32 where CUDA has two kinds of them."""
+    if cfg.dtype != "float32" or device.type != "cuda" or not has_in_hardware(device, torch.bfloat16):
+        return []
+    if cfg.tf32:
+        return ["float32 products in TF32, with 10 of 23 bits of mantissa"]
+    return ["float32 products with all 23 bits of mantissa; --tf32 True is faster, with 10"]
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from dry_run import dry_run
 from environment import world_size
 from evaluation import draw_samples, due_at, is_due, score_hellaswag, validate
 from files import FolderLocked, allow_any_text_in_output, let_output_fail
+from hardware import set_tf32
 from model import ModelConfig, Transformer, document_positions
 from model_utils import place_model, to_device, wrap_model
 from optimizers import build_optimizers, set_schedules
@@ -92,6 +93,7 @@ ORIGINAL = Config(
     # Device
     device="auto",
     dtype="auto",
+    tf32=False,
     compile="auto",
     seed=1337,
     timeout=600,
@@ -332,6 +334,7 @@ def main() -> int:
     try:
         cfg = read_config(sys.argv[1:], CONFIGS, __doc__, say=notes.append)
         process = start_process(local_device(cfg.device), cfg.timeout)
+        set_tf32(process.device, cfg.tf32)
         status = dry_run(cfg, process, update, notes) if cfg.dry_run else run(cfg, process, notes)
     except (ValueError, OSError, MemoryError, SourceError, FolderLocked) as error:
         cause = str(error)

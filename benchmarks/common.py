@@ -208,7 +208,7 @@ def take_turns(workers: list[Worker], turns: int) -> dict[str, list[dict]]:
     for turn in range(turns):
         results, peak = {}, 0.0
         for name, worker in worker_of.items():
-            peak = max(peak, peak_flops(DEVICE, fastest_dtype(DEVICE)))
+            peak = max(peak, peak_flops(DEVICE, fastest_dtype(DEVICE))[0])
             results[name] = worker.first[name] if turn == 0 and name in worker.first else worker.turn(name)
             print(f"turn {turn}: {name}: {results[name]['seconds']:.2f} s", file=sys.stderr, flush=True)
         for name, result in results.items():

@@ -75,7 +75,7 @@ def main() -> None:
         prepare(["sample"], data_root, vocab_size=SHAPES["small"]["vocab_size"], show_progress=False)
         for _ in range(args.turns):
             for processes, results in rows.items():
-                peak = peak_flops(DEVICE, fastest_dtype(DEVICE))
+                peak, _ = peak_flops(DEVICE, fastest_dtype(DEVICE))
                 results.append(run(processes, data_root, args.steps) | {"peak": peak})
     result = {}
     for processes, results in rows.items():

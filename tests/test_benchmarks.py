@@ -164,7 +164,7 @@ def test_a_way_that_runs_out_of_memory_is_named_and_does_not_win(made):
 
 
 def test_a_way_that_was_tried_has_had_its_first_turn(made, monkeypatch):
-    monkeypatch.setattr(common, "peak_flops", lambda *args: 1.0)
+    monkeypatch.setattr(common, "peak_flops", lambda *args: (1.0, "measured"))
     workers, _ = common.try_ways([(make, {"a": [7, 11, 12]})])
     rows = common.take_turns([*workers, Worker({"ours": [5, 6]})], 2)
     assert {name: [row["seconds"] for row in r] for name, r in rows.items()} == {"a": [7, 12], "ours": [5, 6]}

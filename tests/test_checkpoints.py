@@ -93,12 +93,14 @@ def test_a_checkpoint_from_before_each_role_had_a_rate_is_compared_too(tmp_path)
     """It has none of the newer fields. AdamW never used the `muon_lr` that it holds."""
     state, cfg = trained()
     saved = state.as_checkpoint(cfg, "fingerprint")
-    for name in ("embedding_lr", "output_lr", "norm_lr"):
+    for name in ("embedding_lr", "output_lr", "norm_lr", "tf32"):
         del saved["config"][name]
     path = save_checkpoint(tmp_path, saved | {"config": saved["config"] | {"muon_lr": 0.02}}, keep=1, is_best=False)
     assert state.resume(path, cfg) == {}
     with pytest.raises(ValueError, match=r"embedding_lr was None, is 0\.3"):
         state.resume(path, replace(cfg, embedding_lr=0.3))
+    with pytest.raises(ValueError, match="tf32 was False, is True"):
+        state.resume(path, replace(cfg, tf32=True))
 
 
 def test_moments_do_not_depend_on_the_order_of_the_parameters(tmp_path):

@@ -21,6 +21,7 @@ from test_model import TINY, one_thread, random_model  # noqa: F401 (one_thread 
 from test_sampling import hf_greedy
 
 import generate as script
+import hardware
 from checkpoints import save_checkpoint
 from generate import TextStream, complete, generate
 from tokenizer import Tokenizer
@@ -191,18 +192,18 @@ def test_command_line_prints_the_prompt_and_hugging_faces_greedy_text(run_dir, m
     assert ids
 
 
-@pytest.mark.parametrize("trained_in", ["float32", "bfloat16"])
-@pytest.mark.parametrize("fastest", [torch.float32, torch.bfloat16])
-def test_a_model_trained_in_bf16_generates_in_bf16_where_that_is_fastest(
-    trained_in, fastest, model_of_bytes, in_process, tmp_path, monkeypatch
+@pytest.mark.parametrize("trained_in", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("has_it", [False, True])
+def test_a_model_generates_in_the_dtype_that_it_was_trained_in_where_hardware_has_it(
+    trained_in, has_it, model_of_bytes, in_process, tmp_path, monkeypatch
 ):
     save_checkpoint(tmp_path / "checkpoints", checkpoint_of(model_of_bytes, trained_in), keep=1, is_best=False)
-    monkeypatch.setattr(script, "fastest_dtype", lambda device: fastest)
+    monkeypatch.setattr(hardware, "has_in_hardware", lambda device, dtype: has_it)
     models, stream_ids = [], script.stream_ids
     monkeypatch.setattr(script, "stream_ids", lambda model, *a, **k: models.append(model) or stream_ids(model, *a, **k))
     status, out, err = in_process("--checkpoint", tmp_path, "--prompt", "Hi", "--temperature", 0, "--max_new_tokens", 9)
     assert status == 0, err
-    dtype = torch.bfloat16 if trained_in == "bfloat16" and fastest == torch.bfloat16 else torch.float32
+    dtype = getattr(torch, trained_in) if has_it else torch.float32
     assert {parameter.dtype for parameter in models[0].parameters()} == {dtype}
     assert models[0].rope_cos.dtype == models[0].rope_sin.dtype == torch.float32
     expected = copy.deepcopy(model_of_bytes)

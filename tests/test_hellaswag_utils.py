@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+import hardware
 import hellaswag_utils
 import loss
 from checkpoints import save_checkpoint
@@ -448,18 +449,19 @@ def test_a_limit_scores_the_first_rows(monkeypatch, capsys, model, tokenizer, ch
     assert (result["hellaswag_acc"], result["hellaswag_acc_norm"]) == (right / 3, right_norm / 3)
 
 
-@pytest.mark.parametrize("fastest", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_trained_in_bfloat16_is_scored_in_the_fastest_dtype(
-    tmp_path, monkeypatch, capsys, model, tokenizer, data, fastest
+@pytest.mark.parametrize("trained_in", ["bfloat16", "float16"])
+@pytest.mark.parametrize("has_it", [False, True])
+def test_a_checkpoint_is_scored_in_the_dtype_that_it_was_trained_in_where_hardware_has_it(
+    tmp_path, monkeypatch, capsys, model, tokenizer, data, trained_in, has_it
 ):
     used, mm = set(), torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, out: used.add((y := mm(*args, out=out)).dtype) or y)
-    monkeypatch.setattr(hellaswag_utils, "fastest_dtype", lambda device: fastest)
+    monkeypatch.setattr(hardware, "has_in_hardware", lambda device, dtype: has_it)
     monkeypatch.setattr(FewRowsLinear, "forward", lambda self, x: used.add((y := F.linear(x, self.weight)).dtype) or y)
-    path = save(tmp_path / "bf16", model, tokenizer, dtype="bfloat16")
+    path = save(tmp_path / "half", model, tokenizer, dtype=trained_in)
     assert main(monkeypatch, "--checkpoint", path, "--data", data) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["hellaswag_examples"] == 5
-    assert used == {fastest}
+    assert used == {getattr(torch, trained_in) if has_it else torch.float32}
 
 
 def missing(path):
