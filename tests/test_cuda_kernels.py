@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from test_model import TINY, assert_close, random_model, random_tokens
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import cpu_kernels
 import cuda_kernels
@@ -114,14 +114,18 @@ def test_each_device_gets_its_own_kernels():
 
 
 def test_blocks_are_the_dense_mask_and_leave_out_what_joins_no_document():
-    positions = document_positions(documents(), BOS)
+    tokens = documents(rows=9, T=640)
+    tokens[2:8][torch.rand(6, 640, generator=torch.Generator().manual_seed(0)) < 0.004] = BOS
+    positions = document_positions(tokens, BOS)
     blocks, dense = document_blocks(positions), document_mask(positions)
-    index = torch.arange(256)
-    b, query, key = torch.arange(3)[:, None, None], index[:, None], index
+    index = torch.arange(640)
+    b, query, key = torch.arange(9)[:, None, None], index[:, None], index
     assert torch.equal(blocks.mask_mod(b, None, query, key), dense[:, 0])
-    joined = dense.unflatten(-1, (2, 128)).unflatten(-3, (2, 128)).any(-1).any(-2)
-    assert torch.equal(blocks.to_dense().bool(), joined)
-    assert joined[:, 0, 1, 0].tolist() == [True, False, True]  # the second row has a border between its blocks
+    expected = create_block_mask(blocks.mask_mod, 9, None, 640, 640, device="cpu")
+    for one, other in zip(blocks.as_tuple(), expected.as_tuple(), strict=True):
+        assert one.equal(other) if isinstance(one, torch.Tensor) else callable(one) or one == other
+    assert blocks.to_dense()[1, 0, :, 0].tolist() == [1, 0, 0, 0, 0]  # its next document begins with the second block
+    assert blocks.full_kv_num_blocks[1].tolist() == [[0, 0, 1, 2, 0]]  # the last block holds its last document too
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
