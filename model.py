@@ -100,6 +100,15 @@ def document_positions(tokens: Tensor, bos_id: int) -> Tensor:
     return index - torch.where(tokens == bos_id, index, 0).cummax(1).values
 
 
+def document_mask(positions: Tensor) -> Tensor:
+    """Which tokens (last) each token (last but one) sees: those of its own document, up to itself. (B, 1, T, T) bool.
+
+    `positions` (B, T) are those of `document_positions`.
+    """
+    document = (positions == 0).cumsum(1)  # (B, T), numbered in each row
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
+
+
 # ---------------------------------------------------------------- the block
 
 
@@ -188,6 +197,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.loss = OutputLoss()
+        self.document_mask = document_mask  # cuda_kernels.py may put another form of it in its place
         cos, sin = rope_tables(config)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -258,8 +268,7 @@ class Transformer(nn.Module):
         elif tokens.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{T} tokens exceed max_seq_len={self.config.max_seq_len}")
         elif positions is not None and mask is None:
-            document = (positions == 0).cumsum(1)  # (B, T), numbered in each row
-            mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # (B, 1, T, T)
+            mask = self.document_mask(positions)  # (B, 1, T, T)
         if positions is None:
             rope = (self.rope_cos[:T, None], self.rope_sin[:T, None])  # (T, 1, K / 2)
         else:

@@ -47,6 +47,8 @@ def wrap_model(
     process.progress.doing("test of the compiler")
     if cfg.compile is True or (cfg.compile == "auto" and can_compile(process.device, process.print)):
         compile_blocks(model)
+        if cfg.document_mask and process.device.type == "cuda":
+            cuda_kernels.use_document_blocks(model, getattr(torch, cfg.dtype), process.print)
         process.progress.compiles = True
         process.print("compiling; the first step takes up to a minute")
     wrapped: nn.Module = MixedPrecision(model, getattr(torch, cfg.dtype), optimizers)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model import KVCache, Transformer
 
@@ -116,9 +117,7 @@ def next_ids(
             )
     weight = model.output.weight
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-    padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=weight.device)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
+    padded = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(weight.device)
     shortest = min(map(len, prompts))  # its context is full last
     penalty, seen = sampling.repetition_penalty, None
     if penalty != 1:
@@ -129,7 +128,7 @@ def next_ids(
     cache = KVCache(model.config, len(prompts), cache_len, weight.device, weight.dtype)
 
     stop = torch.tensor(list(stop_tokens), dtype=torch.int64, device=weight.device)
-    hidden = model.hidden(padded, cache=cache)[torch.arange(len(prompts)), lengths - 1]  # (B, D), the last token's
+    hidden = model.hidden(padded, cache=cache)[cache.rows[:, 0], lengths - 1]  # (B, D), the last token's
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
     for count in range(1, max(1, max_new_tokens) + 1):
         logits = model.output(hidden)

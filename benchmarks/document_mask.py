@@ -5,6 +5,7 @@ python benchmarks/document_mask.py --batch_size 16 --seq_len 256
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +14,7 @@ from common import DEVICE, SHAPES, Worker, medians, report, take_turns
 from torch import Tensor
 from train_step import adamw, make_update
 
+from cuda_kernels import use_document_blocks
 from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from model import ModelConfig, Transformer, document_positions
 from model_utils import MixedPrecision, compile_blocks, place_model
@@ -29,6 +31,8 @@ def ways(shape: tuple[int, int], document_tokens: int) -> dict[str, Callable[[],
     config = ModelConfig(**SHAPES["small"], max_seq_len=shape[1])
     model = place_model(Transformer(config), DEVICE)
     compile_blocks(model)
+    if DEVICE.type == "cuda":
+        use_document_blocks(model, fastest_dtype(DEVICE), partial(print, file=sys.stderr))
     optimizers = [adamw(model)]
     mixed = MixedPrecision(model, fastest_dtype(DEVICE), optimizers)
     dtype = dtype_name(fastest_dtype(DEVICE))

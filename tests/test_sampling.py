@@ -13,11 +13,13 @@ from transformers import (
 import sampling
 from cpu_kernels import FewRowsLinear
 from model import KVCache, Transformer
+from model_utils import place_model
 from sampling import (
     CANDIDATES,
     Sampling,
     drop_oldest,
     generate,
+    next_ids,
     nucleus,
     penalize_repeats,
     sample_next,
@@ -192,6 +194,13 @@ def test_a_model_in_bf16_takes_the_ids_that_are_likeliest_without_a_cache():
 
 
 # ---------------------------------------------------------------- where a row ends
+
+
+def test_greedy_generation_asks_the_device_for_no_number():
+    """A tensor on the meta device has no numbers: whoever asks for one, and so would make a GPU wait, gets an error."""
+    model = place_model(Transformer(random_model().config), torch.device("meta"))
+    steps = next_ids(model, [[1, 2, 3], [4]], max_new_tokens=3, sampling=GREEDY, stop_tokens=(), generator=None)
+    assert [(*ids.shape, *logits.shape) for ids, logits in steps] == [(2, 2, model.config.vocab_size)] * 3
 
 
 def test_a_stop_token_ends_only_its_own_row_and_is_not_returned():
