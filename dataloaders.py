@@ -14,20 +14,22 @@ Shape letters: B sequences of one micro-step in one process, T tokens of a windo
 """
 
 import math
-import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from shards import BLOCK, TokenStream
-from watch import SIGNALS
+
+READ_AHEAD = 4  # batches
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ def shuffled_epochs(number: np.ndarray, n: int, *, seed: int) -> tuple[np.ndarra
 # ---------------------------------------------------------------- batches
 
 
-class TrainWindows(Dataset):
-    """Micro-step number -> its batch (x, y), each (B, T) int64, for one of the processes.
+class TrainWindows:
+    """The batches that one of the processes trains on.
 
     Args:
         streams: training tokens, of one folder or of several whose quotas sum to BLOCK.
@@ -183,31 +185,33 @@ class TrainWindows(Dataset):
         counts = [whole // BLOCK * stream.quota + rest[k] for k, stream in enumerate(self.streams)]
         return {str(stream.root): count / windows for stream, count in zip(self.streams, counts, strict=True)}
 
-    def __getitem__(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        T = self.layout.seq_len
+    def batch(self, micro_step: int, pinned: bool = False) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a micro-step, each (B, T) int64; `pinned`: in memory that a GPU reads by itself."""
+        B, T = self.layout.batch_size, self.layout.seq_len
         rows = [self.streams[k].read(w * T, (w + 1) * T + 1) for k, w in zip(*self.windows(micro_step), strict=True)]
-        tokens = torch.from_numpy(np.stack(rows))  # (B, T + 1)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        tokens = np.stack(rows)  # (B, T + 1)
+        x, y = (torch.empty(B, T, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
+        x.numpy()[:], y.numpy()[:] = tokens[:, :-1], tokens[:, 1:]  # torch would wake all cores for a large copy
+        return x, y
 
-    def batches(self, start_step: int, end_step: int, device: torch.device) -> Iterator:
-        """Batches of the micro-steps of optimizer steps start_step + 1 to end_step.
+    def batches(self, start_step: int, end_step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the micro-steps of optimizer steps start_step + 1 to end_step, pinned for CUDA.
 
-        On a GPU, worker processes read ahead into pinned memory. On a CPU this process reads: a batch takes
-        microseconds.
+        A thread reads READ_AHEAD batches ahead. What it raises is raised here, in place of the batch. It is no process:
+        a fork after CUDA's start may hang, and a process may be left over.
         """
         on_gpu = device.type == "cuda"
-        return iter(
-            DataLoader(
-                self,
-                batch_size=None,  # a sample is a whole batch already
-                sampler=range(start_step * self.layout.accumulation, end_step * self.layout.accumulation),
-                num_workers=2 if on_gpu else 0,
-                prefetch_factor=4 if on_gpu else None,
-                pin_memory=on_gpu,
-                worker_init_fn=_leave_signals_to_parent,
-                generator=torch.Generator(),  # else it would draw from torch's own, whose state a run restores
-            )
-        )
+        # A new thread is on GPU 0, where pinning would take memory.
+        reader = ThreadPoolExecutor(1, "loader", *((torch.cuda.set_device, (device,)) if on_gpu else ()))
+        todo = iter(range(start_step * self.layout.accumulation, end_step * self.layout.accumulation))
+        try:
+            ahead = deque(reader.submit(self.batch, micro_step, on_gpu) for micro_step in islice(todo, READ_AHEAD))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(reader.submit(self.batch, micro_step, on_gpu) for micro_step in islice(todo, 1))
+                yield batch
+        finally:  # nobody wants more
+            reader.shutdown(wait=False, cancel_futures=True)
 
     def state(self) -> dict[str, int | list[int]]:
         """What must be the same for a resumed run to see the windows that the first run would have seen."""
@@ -232,15 +236,9 @@ class TrainWindows(Dataset):
             raise ValueError(f"cannot resume with another order of the data: {'; '.join(different)}; restore these")
 
 
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ignore stop signals, which may reach these processes too: the loop needs batches to end its step."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def validation_batches(
     streams: Sequence[TokenStream], layout: BatchLayout, *, max_tokens: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of the first max_tokens / T windows: batches (x, y), each (up to B, T) int64.
 
     Each of several folders has its quota of these windows, and at least one window.

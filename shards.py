@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from tqdm import tqdm
@@ -245,7 +246,7 @@ def _header(dtype: np.dtype, tokens: int) -> bytes:
 
 
 class TokenStream:
-    """The shards of one split as one long sequence of ids, memory-mapped.
+    """The shards of one split as one long sequence of ids. Threads may share it.
 
     Args:
         data_root: a prepared folder.
@@ -280,49 +281,49 @@ class TokenStream:
 
         self.dtype, self.vocab_size = np.dtype(self.manifest["dtype"]), vocab_size
         self.files = [shard["file"] for shard in shards]
-        self.ends = np.cumsum([shard["tokens"] for shard in shards])  # the stream position after each shard
-        self._shards: list[np.ndarray] | None = None
-        for index, shard in enumerate(shards):
-            self._check(index, shard["tokens"], CHECKED_TOKENS // len(shards))
+        self.ends = np.cumsum(counts := [shard["tokens"] for shard in shards])  # the stream position after each shard
+        self._lock = Lock()  # of the files' positions
+        self._open_files = [self._open(index, n, CHECKED_TOKENS // len(shards)) for index, n in enumerate(counts)]
 
     def __len__(self) -> int:
         return int(self.ends[-1])
-
-    def __getstate__(self) -> dict:
-        """Leave the memory maps out of a pickle, where they would be a copy of the corpus. Each process maps anew."""
-        return {**self.__dict__, "_shards": None}
-
-    @property
-    def shards(self) -> list[np.ndarray]:
-        if self._shards is None:
-            self._shards = [open_shard(self.root / file) for file in self.files]
-        return self._shards
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Ids at stream positions start to stop - 1, over shard borders, as int64.
 
         Raises:
-            ValueError: an id is outside the vocabulary.
+            ValueError: an id is outside the vocabulary, or a file cannot be read any more.
         """
         pieces = [np.empty(0, dtype=np.int64)]
         for index in range(np.searchsorted(self.ends, start, side="right"), len(self.ends)):
-            begin = self.ends[index] - len(self.shards[index])
+            begin = self.ends[index - 1] if index else 0
             if begin >= stop:
                 break
-            piece = self.shards[index][max(start - begin, 0) : stop - begin]
-            self._check_ids(index, piece)
-            pieces.append(piece)
+            pieces.append(self._read(index, max(start - begin, 0), min(stop, self.ends[index]) - begin))
         return np.concatenate(pieces, dtype=np.int64)
 
-    def _check(self, index: int, count: int, checked_tokens: int) -> None:
-        path = self.root / self.files[index]
-        shard = open_shard(path)
-        if shard.dtype != self.dtype or shard.shape != (count,):
+    def _read(self, index: int, first: int, last: int) -> np.ndarray:
+        """Ids first to last - 1 of a shard. A memory map would read far more, and end the process at an error."""
+        ids, (file, offset) = np.empty(last - first, dtype=self.dtype), self._open_files[index]
+        try:
+            with self._lock:
+                file.seek(offset + first * ids.itemsize)
+                if file.readinto(ids) < ids.nbytes:
+                    raise EOFError("it has become shorter")
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{self.root / self.files[index]}: cannot be read any more ({error})") from error
+        self._check_ids(index, ids)
+        return ids
+
+    def _open(self, index: int, count: int, checked_tokens: int) -> tuple[io.FileIO, int]:
+        """Check the shape of a shard and its first ids. Returns the open file, and where its ids begin, in bytes."""
+        shard = open_shard(path := self.root / self.files[index])
+        if shard.dtype != self.dtype or len(shard) != count:
             raise ValueError(
-                f"{path}: holds {shard.dtype} {shard.shape}, the manifest says {self.dtype} ({count},); "
-                "prepare the folder anew"
+                f"{path}: {len(shard)} ids of {shard.dtype}, not {count} of {self.dtype}; prepare the folder anew"
             )
         self._check_ids(index, shard[:checked_tokens])
+        return open(path, "rb", buffering=0), shard.offset
 
     def _check_ids(self, index: int, ids: np.ndarray) -> None:
         if len(ids) and (largest := int(ids.max())) >= self.vocab_size:

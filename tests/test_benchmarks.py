@@ -1,5 +1,5 @@
 """benchmarks/: the tables that all.py writes, the choice of the peer's fastest way, and what recipes.py asks of
-train.py. Nothing is measured here."""
+train.py; and that loader.py runs. Nothing is measured here."""
 
 import importlib
 import json
@@ -14,6 +14,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # last, because it has a generate.py too
 
 import common
+import loader
 
 from model import ModelConfig
 from run_config import read_config
@@ -245,3 +246,27 @@ def test_the_recipes_of_the_file_are_flags_that_train_takes(monkeypatch, tmp_pat
     for text in recipes.RECIPES.values():
         words = [word for name, values in recipes.flags_of(text).items() for word in (f"--{name}", *values)]
         assert read_config(["--config", "sample", "--device", "cpu", *words], CONFIGS, say=lambda line: None)
+
+
+# ---------------------------------------------------------------- loader.py
+
+
+def test_the_loader_is_measured_against_reading_whole_shards(monkeypatch, capsys):
+    words = "--shards 2 --shard_tokens 3000 --batch_size 2 --seq_len 16 --batches 3 --turns 1 --steps 0 --json"
+    monkeypatch.setattr(sys, "argv", ["loader.py", *words.split()])
+    loader.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["loaders"].keys() == {"ours", "whole shards"}
+    assert all(row["tokens_per_sec"] > 0 for row in result["loaders"].values())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux counts what comes from the disk")
+def test_a_cold_cache_is_measured_in_both_orders_and_all_ways_read_the_same(tmp_path):
+    loader.write_shards(tmp_path, 2, 3000)
+    streams = [stream(tmp_path, "train", vocab_size=loader.FOLDER_VOCAB) for stream in loader.STREAMS.values()]
+    assert len({stream.read(2900, 3100).tobytes() for stream in streams}) == 1
+    for way, order in [*((way, "training") for way in loader.STREAMS), ("ours", "validation"), ("nanoGPT", "")]:
+        row = loader.measure_cold(way, order, tmp_path, B=2, T=16, batches=3)
+        assert row["tokens_per_sec"] > 0 and row["read_per_byte"] >= 0
+    x, y = next(loader.nanogpt(tmp_path, 2, 16))
+    assert x.shape == y.shape == (2, 16) and (x[:, 1:] == y[:, :-1]).all()

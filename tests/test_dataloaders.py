@@ -1,12 +1,12 @@
 import json
-import pickle
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 import shards
-from dataloaders import BatchLayout, TrainWindows, folder_quotas, open_streams, shuffled, validation_batches
+from dataloaders import READ_AHEAD, BatchLayout, TrainWindows, folder_quotas, open_streams, shuffled, validation_batches
 from shards import TokenStream
 
 VOCAB = 4096  # uint16
@@ -141,7 +141,7 @@ def test_a_run_resumes_at_any_step_with_any_number_of_processes(stream, world_si
 def test_a_run_that_goes_on_with_1_2_4_and_3_processes_reads_the_same_tokens(stream, tmp_path, mixed):
     """60 steps of 12 windows, over shard borders, ends of epochs and a short last shard. `mixed` takes two folders."""
     streams = mixture(tmp_path) if mixed else [stream]
-    expected = [make_windows(streams, batch_size=1)[i] for i in range(60 * PER_STEP)]
+    expected = [make_windows(streams, batch_size=1).batch(i) for i in range(60 * PER_STEP)]
     start, seen, saved = 0, [], None
     for world_size, batch_size in [(1, 3), (2, 3), (4, 1), (3, 2)]:
         ranks = [make_windows(streams, world_size=world_size, rank=r, batch_size=batch_size) for r in range(world_size)]
@@ -201,7 +201,7 @@ def test_targets_are_the_inputs_shifted_by_one_and_both_come_from_the_stream(str
     ids = stream.read(0, len(stream))
     windows = make_windows(stream)
     numbers = np.concatenate([windows.windows(i)[1] for i in range(11)])
-    batches = [windows[i] for i in range(11)]
+    batches = [windows.batch(i) for i in range(11)]
     for x, y in batches:
         assert x.shape == y.shape == (3, T)
         assert x.dtype == y.dtype == torch.int64
@@ -211,26 +211,75 @@ def test_targets_are_the_inputs_shifted_by_one_and_both_come_from_the_stream(str
         assert y.tolist() == ids[number * T + 1 : (number + 1) * T + 1].tolist()
 
 
-def test_loader_processes_get_a_few_kilobytes_not_the_corpus(tmp_path):
-    stream = open_stream(
-        write_folder(tmp_path, train=(1_000_001, 1_000_000), vocab_size=2**21, dtype="uint32"), vocab_size=2**21
-    )
-    windows = make_windows(stream)
-    windows[0]  # maps the files
-    pickled = pickle.dumps(windows)
-    assert len(pickled) < 10_000
-    copy = pickle.loads(pickled)
-    for i in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(windows[i], copy[i], strict=True))
+# ---------------------------------------------------------------- the thread that reads ahead
 
 
-@pytest.mark.filterwarnings("ignore")  # there is no GPU to pin memory for, and threads run at the fork
-def test_loader_processes_deliver_the_same_batches_in_the_same_order(stream):
+class Watched:
+    """Stands in for `batch` of `windows`: notes what is read, and fails at one micro-step."""
+
+    def __init__(self, windows, broken=-1):
+        self.real, self.broken, self.reads, self.threads = windows.batch, broken, [], set()
+        self.is_ahead = threading.Event()
+        windows.batch = self
+
+    def __call__(self, micro_step, pinned):
+        self.threads.add(threading.current_thread())
+        if micro_step == self.broken:
+            raise OSError("the disk is gone")
+        batch = self.real(micro_step, pinned)
+        self.reads.append(micro_step)
+        if len(self.reads) == 1 + READ_AHEAD:
+            self.is_ahead.set()
+        return batch
+
+
+def test_batches_come_in_the_order_of_the_micro_steps_from_a_single_thread(stream):
     windows = make_windows(stream)
-    # The loader for a GPU reads in worker processes. Without a GPU it still does so, and only does not pin memory.
-    there = list(windows.batches(1, 4, torch.device("cuda")))
-    here = list(windows.batches(1, 4, torch.device("cpu")))
-    assert len(here) == 3 * windows.layout.accumulation
+    expected = [windows.batch(i) for i in range(windows.layout.accumulation, 4 * windows.layout.accumulation)]
+    watched = Watched(windows)
+    seen = list(windows.batches(1, 4, torch.device("cpu")))
+    assert len(seen) == len(expected) == len(watched.reads)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(seen, expected, strict=True))
+    assert len(watched.threads) == 1 and threading.main_thread() not in watched.threads
+
+
+def test_a_few_batches_are_read_ahead_and_the_thread_ends_with_the_iterator(stream):
+    windows = make_windows(stream)
+    watched = Watched(windows)
+    batches = windows.batches(0, 10_000, torch.device("cpu"))
+    next(batches)
+    assert watched.is_ahead.wait(60)
+    del batches  # the loop is left by an error, or by a stop signal
+    (thread,) = watched.threads
+    thread.join(60)
+    assert not thread.is_alive()
+    assert watched.reads == list(range(1 + READ_AHEAD))
+
+
+def test_what_the_thread_raises_comes_in_place_of_the_batch_with_its_traceback(stream):
+    windows, seen = make_windows(stream), []
+    watched = Watched(windows, broken=6)
+    with pytest.raises(OSError, match="the disk is gone") as error:
+        for batch in windows.batches(0, 10, torch.device("cpu")):
+            seen.append(batch)
+    assert len(seen) == 6
+    assert "__call__" in [entry.name for entry in error.traceback]
+    (thread,) = watched.threads
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_the_thread_pins_memory_for_cuda_alone_on_the_gpu_of_its_process(stream, monkeypatch):
+    asked, chosen, empty = [], [], torch.empty
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread(), device)))
+    monkeypatch.setattr(torch, "empty", lambda *n, pin_memory, **kw: asked.append(pin_memory) or empty(*n, **kw))
+    windows, gpu = make_windows(stream), torch.device("cuda", 3)
+    watched = Watched(windows)
+    there = list(windows.batches(1, 4, gpu))
+    assert chosen == [(*watched.threads, gpu)] and asked and all(asked)
+    asked.clear()
+    here = list(windows.batches(1, 4, torch.device("mps")))
+    assert len(chosen) == 1 and asked and not any(asked)
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(there, here, strict=True))
 
 
@@ -414,7 +463,7 @@ def test_an_id_beyond_the_vocabulary_that_the_start_did_not_check_is_refused_whe
 def test_too_few_training_tokens_are_refused(tmp_path):
     windows = make_windows(open_stream(write_folder(tmp_path / "enough", train=(T + 1,))))
     assert windows.num_windows == [1]
-    assert windows[0][1].tolist() == [list(range(1, T + 1))] * 3
+    assert windows.batch(0)[1].tolist() == [list(range(1, T + 1))] * 3
     with pytest.raises(ValueError, match=f"{T} training tokens .*prepare more data") as error:
         make_windows(open_stream(write_folder(tmp_path / "few", train=(T,))))
     assert str(tmp_path / "few") in str(error.value)

@@ -1,10 +1,13 @@
 """shards.py: the layout, the reader and its refusals, and the check of a whole folder."""
 
+import errno
 import io
 import json
+import os
 import shutil
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -242,6 +245,39 @@ def test_an_id_beyond_the_vocabulary_is_refused_at_the_start(folder, index, valu
 def test_the_largest_id_of_the_vocabulary_is_accepted(folder):
     overwrite(folder / "edufineweb_train_000001.npy", 0, VOCAB - 1)
     assert open_stream(folder).read(0, 1).tolist() == [VOCAB - 1]
+
+
+def test_a_shard_that_becomes_shorter_while_a_run_reads_it_is_named(folder):
+    stream = open_stream(folder)
+    path = folder / "edufineweb_train_000002.npy"  # stream positions 100 to 199
+    os.truncate(path, path.stat().st_size - 2)
+    assert stream.read(90, 199).tolist() == list(range(90, 199))
+    with pytest.raises(ValueError, match=r"cannot be read any more \(it has become shorter\)") as error:
+        stream.read(90, 200)
+    assert str(error.value).startswith(str(path))
+
+
+def test_a_shard_on_a_failing_disk_is_named(folder):
+    class Failing(io.BytesIO):
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, "Input/output error")
+
+    stream = open_stream(folder)
+    stream._open_files[1] = Failing(), 128
+    assert len(stream.read(0, 100)) == 100
+    with pytest.raises(ValueError, match=r"000002\.npy: cannot be read any more .*Input/output error"):
+        stream.read(0, 101)
+
+
+def test_threads_may_share_a_stream(folder):
+    stream = open_stream(folder)
+    ids = stream.read(0, 257).tolist()
+
+    def read_alone(first):
+        return all(stream.read(i, i + 3).tolist() == ids[i : i + 3] for i in range(first, 250, 4) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read_alone, range(4)))
 
 
 # ---------------------------------------------------------------- check of a whole folder
