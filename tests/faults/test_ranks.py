@@ -61,7 +61,7 @@ def assert_all_gone(pids: list[int]) -> None:
     wait_until(lambda: not any(map(is_running, pids)), 10)
 
 
-# ---------------------------------------------------------------- one rank fails, or falls silent
+# ---------------------------------------------------------------- a rank fails, or falls silent
 
 
 @pytest.mark.parametrize(("rank", "torchrun"), [(0, False), (1, False), (1, True)])
@@ -130,6 +130,26 @@ def disturbed(self, micro_step, pinned):
     return real(self, micro_step, pinned)
 dataloaders.TrainWindows.batch = disturbed
 """
+
+
+@pytest.mark.parametrize("of_loader", [False, True])
+@pytest.mark.parametrize("rank", [1, "RANK"])
+def test_errors_of_one_rank_and_of_all_have_a_traceback_each_and_nothing_is_left(flags, tmp_path, rank, of_loader):
+    """The error is the main thread's, or the loader's. torchrun may stop a rank before it has printed its own."""
+    raises = "raise RuntimeError('it broke')"
+    disturb = AT_13.format(rank=rank, what="time.sleep(1)" if of_loader else raises)
+    if of_loader:
+        disturb += READS.replace("== 52", f"== 52 // 2 and RANK == {rank}").format(what=raises)
+    with Ranks(driver(tmp_path / "driver", HEAD + disturb), flags(timeout=30), 2, torchrun=True) as ranks:
+        pids = ranks.pids()
+        ranks.marked("now", 1)
+        everybody, began = ranks.everybody(), time.monotonic()
+        assert all(ranks.wait(35))
+        assert time.monotonic() - began < 15
+        err = ranks.text("err")
+        tracebacks = err.count("Traceback (most recent call last)") - err.count("raise ChildFailedError")  # torchrun's
+        assert 1 <= tracebacks <= (2 if rank == "RANK" else 1) and "RuntimeError: it broke" in err, err
+        assert_all_gone(pids + everybody)
 
 
 @pytest.mark.parametrize(
