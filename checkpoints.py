@@ -340,7 +340,7 @@ def checkpoints_at_once(cfg: Config, step: int = 0) -> int:
 FREE = {"out_dir", "hellaswag_path", "batch_size", "device", "compile", "timeout", "log_every", "val_every"}
 FREE |= {"hellaswag_every", "hellaswag_limit", "generate_every", "save_every", "keep_checkpoints", "profile", "resume"}
 FREE |= {"skip_nonfinite", "init_from", "prompts", "generate_tokens", "temperature", "top_p", "wandb_project"}
-FREE |= {"wandb_artifact", "tensorboard", "data_root"}  # data may have moved: the windows compare what is in it
+FREE |= {"activation_checkpointing", "wandb_artifact", "tensorboard", "data_root"}  # the windows compare the data
 
 
 def check_run(path: Path, state: dict, cfg: Config) -> dict[str, list]:

@@ -58,6 +58,9 @@ class Config:
     device: str  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "bfloat16", "float32"]  # of the matrix products; auto: bfloat16 where it is fast
     compile: bool | Literal["auto"]  # torch.compile; auto: where a compiler is found
+    # The backward pass computes the inside of every second block (blocks) or of each (all) again, instead of keeping it:
+    # less memory, slower, the same numbers
+    activation_checkpointing: Literal["none", "blocks", "all"]
     seed: int  # of the initial weights and of the order of the data
     timeout: int  # seconds that ranks wait for a rank that has fallen silent
 

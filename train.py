@@ -92,6 +92,7 @@ ORIGINAL = Config(
     device="auto",
     dtype="auto",
     compile="auto",
+    activation_checkpointing="none",
     seed=1337,
     timeout=600,
     # Along the way
