@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model_utils
 from config import config_as_dict
-from dry_run import SavedTensors
+from memory import SavedTensors
 from model import ModelConfig, Transformer
 from model_utils import (
     MixedPrecision,
