@@ -228,6 +228,7 @@ def test_a_run_is_that_of_the_number_found_and_its_records_have_it(tmp_path, mon
     ("changes", "advice"),
     [
         ({"batch_size": 16}, "pass --batch_size 8 (or auto) or --activation_checkpointing blocks; the update"),
+        ({"batch_size": 16, "total_batch_size": 240 * 128}, "pass --batch_size 8 (or auto)"),  # 15 divides it too
         ({"batch_size": 12, "total_batch_size": 12 * 128}, "pass --batch_size 6 (or auto)"),
         ({"batch_size": 15, "total_batch_size": 15 * 128}, "pass --batch_size 5 (or auto)"),
         (
