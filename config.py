@@ -34,7 +34,9 @@ class Config:
 
     # Batch and length of the run
     total_batch_size: int  # tokens an optimizer step, over all processes
-    batch_size: int  # sequences a micro-step in each process; lower it when memory runs out
+    # Sequences a micro-step in each process; lower it when memory runs out. auto: the largest power of two that fits,
+    # found by updates on random ids before the run
+    batch_size: int | Literal["auto"]
     max_steps: int  # optimizer steps
 
     # Optimizer. None: what the optimizer's recipe has, see RECIPES in optimizers.py
@@ -59,6 +61,9 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float16", "float32"]  # of the matrix products; auto: the fastest here
     tf32: bool  # on CUDA with dtype=float32: round the factors of products to 10 bits of mantissa; faster
     compile: bool | Literal["auto"]  # torch.compile; auto: where a compiler is found
+    # The inside of every second block (blocks) or of each (all) is not kept for the backward pass, but computed again
+    # there: less memory, slower, the same numbers
+    activation_checkpointing: Literal["none", "blocks", "all"]
     seed: int  # of the initial weights and of the order of the data
     timeout: int  # seconds that ranks wait for a rank that has fallen silent
 
@@ -115,7 +120,8 @@ def local_device(name: str) -> torch.device:
 FREE = {"out_dir", "hellaswag_path", "batch_size", "device", "compile", "timeout", "log_every", "val_every"}
 FREE |= {"hellaswag_every", "hellaswag_limit", "generate_every", "save_every", "keep_checkpoints", "profile", "resume"}
 FREE |= {"skip_nonfinite", "init_from", "prompts", "generate_tokens", "temperature", "top_p", "wandb_project"}
-FREE |= {"wandb_artifact", "tensorboard", "data_root"}  # data may have moved: the windows compare what is in it
+FREE |= {"activation_checkpointing", "wandb_artifact", "tensorboard"}
+FREE |= {"data_root"}  # data may have moved: the windows compare what is in it
 
 
 def flat(config: dict) -> dict:
@@ -174,14 +180,16 @@ def config_errors(cfg: Config) -> list[str]:
     if cfg.model.vocab_size not in VOCAB_SIZES:
         errors.append(f"model.vocab_size={cfg.model.vocab_size}: must be {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]}")
     for names, is_right, sentence in REFUSALS:
-        values = {name: value for name in names if (value := getattr(cfg, name)) is not None}  # None: the recipe's
+        # What is None or auto gets its value later.
+        values = {name: value for name in names if (value := getattr(cfg, name)) not in (None, "auto")}
         errors += [f"{name}={shown(value)}: {sentence}" for name, value in values.items() if not is_right(value)]
     refused = {error.partition("=")[0] for error in errors}
-    tokens = cfg.batch_size * world_size() * cfg.model.max_seq_len  # of one micro-step
+    sequences = 1 if cfg.batch_size == "auto" else cfg.batch_size
+    tokens = sequences * world_size() * cfg.model.max_seq_len  # of one micro-step
     if not refused & {"batch_size", "total_batch_size", "model.max_seq_len"} and cfg.total_batch_size % tokens:
         nearest = max(1, round(cfg.total_batch_size / tokens)) * tokens
         errors.append(
-            f"total_batch_size={cfg.total_batch_size}: must be a multiple of batch_size={cfg.batch_size} x "
+            f"total_batch_size={cfg.total_batch_size}: must be a multiple of batch_size={sequences} x "
             f"{world_size()} processes x model.max_seq_len={cfg.model.max_seq_len} = {tokens}; {nearest} would do"
         )
     if cfg.generate_every and not cfg.prompts:

@@ -4,30 +4,38 @@ The figures come from real updates on random ids: the model is built, wrapped an
 own `update` is measured. Every rank takes part, and rank zero prints.
 """
 
-import gc
 import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from checkpoints import checkpoint_bytes, checkpoints_at_once
 from config import Config, config_as_dict
 from files import existing_parent
+from memory import (
+    accumulation_of,
+    after_out_of_memory,
+    build_trial,
+    find_batch_size,
+    memory_free,
+    memory_peak,
+    memory_taken,
+    random_batches,
+    size,
+    smaller_batch_sizes,
+    try_update,
+)
 from model import Transformer
-from model_utils import place_model, wrap_model
-from optimizers import Muon, build_optimizers
-from processes import Process, sum_over_processes
+from optimizers import Muon
+from processes import Process
 
-MARGIN = 0.95  # share of a GPU's free memory that may be taken: the allocator leaves gaps, evaluations need some too
 MEASURED_STEPS = 3
 
 
@@ -38,16 +46,14 @@ def dry_run(cfg: Config, process: Process, update: Callable, notes: list[str]) -
         update: train.py's, handed over because no file imports train.py.
         notes: lines to print first; they name the configuration.
     """
+    if cfg.batch_size == "auto":
+        cfg = replace(cfg, batch_size=find_batch_size(cfg, process, update))
     process.print(*notes, packed(config_as_dict(cfg)), sep="\n")
     torch.manual_seed(cfg.seed)
     before = memory_taken(process.device)
     free = memory_free(process.device)
-    model = place_model(Transformer(cfg.model), process.device)
-    optimizers = build_optimizers(model, cfg)
+    model, optimizers, wrapped, step = build_trial(cfg, process, update)
     process.print(table("parameters", parameters_by_part(model)))
-    wrapped = wrap_model(model, optimizers, cfg, process)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=cfg.dtype == "float16")
-    step = partial(measured, update, optimizers=optimizers, step=1, bos_id=0, scaler=scaler)
     weights = sum(p.nbytes for p in model.parameters())
     checkpoint = checkpoint_bytes(model, optimizers)
     parts = {"weights": weights, "gradients": weights, "moments of the optimizer": checkpoint - weights}
@@ -55,7 +61,7 @@ def dry_run(cfg: Config, process: Process, update: Callable, notes: list[str]) -
     saved = try_update(step, wrapped, cfg, process, free)
     if saved is None:
         process.print(table("memory, without the activations", {name: size(count) for name, count in parts.items()}))
-        advice = "not even --batch_size 1 does: take a smaller model or a shorter --model.max_seq_len"
+        advice = f"not even --batch_size 1 does: {after_out_of_memory(replace(cfg, batch_size=1), process.world_size)}"
         for smaller in smaller_batch_sizes(cfg, process):
             if try_update(step, wrapped, replace(cfg, batch_size=smaller), process, free) is not None:
                 advice = f"--batch_size {smaller} does; the update stays the same"
@@ -86,62 +92,6 @@ def dry_run(cfg: Config, process: Process, update: Callable, notes: list[str]) -
 # ---------------------------------------------------------------- measurements
 
 
-class SavedTensors:
-    """Hooks that count the bytes which autograd keeps for the backward pass, the parameters aside."""
-
-    def __init__(self, model: nn.Module):
-        self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.sizes: dict[int, int] = {}  # by address, because several saved tensors may share their memory
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.parameters:
-            self.sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def unpack(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
-def try_update(step: Callable, wrapped: nn.Module, cfg: Config, process: Process, free: float) -> int | None:
-    """Run updates that take as much memory as any of the run. Return the bytes that autograd keeps for a backward pass,
-    or None if the updates do not fit on some rank.
-
-    Two micro-steps are enough: in the second one the gradients of the first are there beside the activations.
-    """
-    if process.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(process.device)
-    # Several processes try alone, without DDP. If one of them ran out of memory within an all-reduce, the others would
-    # wait for it for ever.
-    model = wrapped.module if process.world_size > 1 else wrapped
-    step = partial(step, process=process.alone())
-    saved, batches, fits = SavedTensors(model), random_batches(cfg), True
-    try:
-        step(model, batches=batches, cfg=cfg, accumulation=1)  # compiles
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-            step(model, batches=batches, cfg=cfg, accumulation=1)
-        step(model, batches=batches, cfg=cfg, accumulation=min(2, accumulation_of(cfg, process)))
-        if process.device.type == "cuda":
-            fits = memory_peak(process.device) <= MARGIN * free
-    except torch.OutOfMemoryError:
-        fits = False
-    if not fits:  # outside of the except block: there the error would still hold the activations
-        model.zero_grad(set_to_none=True)
-        gc.collect()
-        if process.device.type == "cuda":
-            torch.cuda.empty_cache()
-    [failed] = sum_over_processes([float(not fits)], process)
-    return None if failed else sum(saved.sizes.values())
-
-
-def measured(update: Callable, *args: Any, process: Process, **kwargs: Any) -> None:
-    """One update. Raises KeyboardInterrupt if a stop signal has come."""
-    update(*args, process=process, **kwargs)
-    process.progress.compiles = False  # the first update has compiled
-    if process.stop:
-        raise KeyboardInterrupt
-
-
 def seconds_a_step(step: Callable, wrapped: nn.Module, cfg: Config, process: Process) -> float:
     """Seconds of an update, the median of three.
 
@@ -160,61 +110,6 @@ def seconds_a_step(step: Callable, wrapped: nn.Module, cfg: Config, process: Pro
             seconds.append(time.perf_counter() - began)
         medians.append(statistics.median(seconds))
     return medians[0] + max(medians[-1] - medians[0], 0) * (accumulation - 1)
-
-
-def random_batches(cfg: Config) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random ids in the shape of the run's batches."""
-    while True:
-        tokens = torch.randint(cfg.model.vocab_size, (cfg.batch_size, cfg.model.max_seq_len + 1))
-        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def accumulation_of(cfg: Config, process: Process) -> int:
-    """Micro-steps an update."""
-    return cfg.total_batch_size // (cfg.batch_size * cfg.model.max_seq_len * process.world_size)
-
-
-def smaller_batch_sizes(cfg: Config, process: Process) -> list[int]:
-    """The batch sizes below cfg's that divide the update, the largest first."""
-    sequences = cfg.total_batch_size // (cfg.model.max_seq_len * process.world_size)
-    return [size for size in range(cfg.batch_size - 1, 0, -1) if sequences % size == 0]
-
-
-# ---------------------------------------------------------------- what the machine says
-
-
-def proc_bytes(file: str, name: str) -> int | None:
-    """The figure `name` of a file of Linux's /proc; None where there is none."""
-    try:
-        line = next(line for line in Path(file).read_text().splitlines() if line.startswith(f"{name}:"))
-    except (OSError, StopIteration):
-        return None
-    return int(line.split()[1]) * 1024
-
-
-def memory_taken(device: torch.device) -> int:
-    """Bytes that this process has on the device now. On a CPU these are of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    return proc_bytes("/proc/self/status", "VmRSS") or 0
-
-
-def memory_peak(device: torch.device) -> int:
-    """The most bytes that this process has had on the device; 0 where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()  # freed memory stays in it
-    return proc_bytes("/proc/self/status", "VmHWM") or 0
-
-
-def memory_free(device: torch.device) -> float:
-    """Bytes that this process can still get on the device; infinity where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return (proc_bytes("/proc/meminfo", "MemAvailable") if device.type == "cpu" else None) or math.inf
 
 
 # ---------------------------------------------------------------- the tables
@@ -257,11 +152,6 @@ def time_lines(cfg: Config, process: Process, seconds: float) -> dict[str, str]:
         "seconds a step": f"{seconds:.3g} ({cfg.total_batch_size / seconds:,.0f} tokens/s)",
         f"{cfg.max_steps:,} steps": f"{timedelta(seconds=round(cfg.max_steps * seconds))}, evaluations and saves aside",
     }
-
-
-def size(count: float) -> str:
-    """A number of bytes, to read."""
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def table(title: str, lines: dict[str, str]) -> str:

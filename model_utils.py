@@ -1,6 +1,7 @@
 """What a run needs around the model: the wrapped model (DDP), and loading a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import cpu_kernels
 import cuda_kernels
@@ -39,7 +41,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def wrap_model(
     model: Transformer, optimizers: Sequence[torch.optim.Optimizer], cfg: Config, process: Process
 ) -> nn.Module:
-    """`model` compiled, in mixed precision, and with its gradients averaged over the processes, in this order.
+    """`model` compiled, with few activations kept, in mixed precision, and with its gradients averaged over the
+    processes, in this order.
 
     The result trains the parameters of `model`, so load a checkpoint into `model` first. Sharding over the processes
     would come here, before compiling.
@@ -51,6 +54,7 @@ def wrap_model(
             cuda_kernels.use_document_blocks(model, getattr(torch, cfg.dtype), process.print)
         process.progress.compiles = True
         process.print("compiling; the first step takes up to a minute")
+    checkpoint_activations(model, cfg.activation_checkpointing)
     wrapped: nn.Module = MixedPrecision(model, getattr(torch, cfg.dtype), optimizers)
     if process.world_size > 1:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True, forward_sync_buffers=False)
@@ -69,8 +73,47 @@ def compile_blocks(model: Transformer) -> None:
         # MixedPrecision casts the weights outside of the blocks. Cast inside, they made it compute attention again too.
         functorch_config.activation_memory_budget = 0.8
     for layer in model.layers:
-        layer.compile(dynamic=False)
+        layer.forward = torch.compile(layer.forward, dynamic=False)
     model.loss.kernel = torch.compile(model.loss.kernel, dynamic=False)
+
+
+def checkpoint_activations(model: Transformer, which: str) -> None:
+    """Let no block ("none"), every second one ("blocks") or each ("all") keep nothing but its input for the backward
+    pass, which computes the inside of the block again. Source: arXiv 1604.06174.
+
+    Call it after compiling: then the same compiled code runs twice, and the numbers are the same to the last bit. (In
+    torchtitan, compiling comes afterwards. The backward pass is then compiled anew, and rounds otherwise.)
+    """
+    for layer in [] if which == "none" else model.layers[:: 2 if which == "blocks" else 1]:
+        layer.forward = partial(run_again_in_backward, Holder(layer, layer.forward))
+
+
+class Holder(nn.Module):
+    """A block and its function, so that `functional_call` can run the function with other weights."""
+
+    def __init__(self, block: nn.Module, function: Callable):
+        super().__init__()
+        self.block, self.function = block, function
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.function(*args)
+
+
+def run_again_in_backward(holder: Holder, *args: Any) -> Tensor:
+    """The output of a block. With gradients on, its activations are not kept: the backward pass computes them again.
+
+    MixedPrecision puts casts in the places of the parameters, but only for the forward pass. So the second run gets the
+    weights that the block has in the first one.
+    """
+    if not torch.is_grad_enabled():
+        return holder(*args)
+    weights = dict(holder.named_parameters())
+
+    def run(*args: Any) -> Tensor:
+        return functional_call(holder, weights, args, tie_weights=False)
+
+    # The model draws no random numbers. So their state, which a GPU would have to send, need not be kept.
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class MixedPrecision(nn.Module):

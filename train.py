@@ -36,6 +36,7 @@ from environment import world_size
 from evaluation import draw_samples, due_at, is_due, score_hellaswag, validate
 from files import FolderLocked, allow_any_text_in_output, let_output_fail
 from hardware import set_tf32
+from memory import after_out_of_memory, find_batch_size
 from model import ModelConfig, Transformer, document_positions
 from model_utils import place_model, to_device, wrap_model
 from optimizers import build_optimizers, set_schedules
@@ -95,6 +96,7 @@ ORIGINAL = Config(
     dtype="auto",
     tf32=False,
     compile="auto",
+    activation_checkpointing="none",
     seed=1337,
     timeout=600,
     # Along the way
@@ -319,6 +321,8 @@ def run(cfg: Config, process: Process, notes: list[str]) -> int:
     try:
         run_on_rank_zero(lock.acquire, process)
         process.watch.chores.append(lock.beat)
+        if cfg.batch_size == "auto":
+            cfg.batch_size = find_batch_size(cfg, process, update)  # from here on, and in the records, it is a number
         with CheckpointSaver(Path(cfg.out_dir) / "checkpoints", cfg.keep_checkpoints) as saver:
             process.watch.before_end = saver.wait
             return train(cfg, process, saver, notes)
@@ -339,7 +343,7 @@ def main() -> int:
     except (ValueError, OSError, MemoryError, SourceError, FolderLocked) as error:
         cause = str(error)
     except torch.OutOfMemoryError as error:
-        cause = f"{str(error).splitlines()[0]} Halve --batch_size; the update stays the same"
+        cause = f"{str(error).splitlines()[0]} To make it fit, {after_out_of_memory(cfg, world_size())}"
     except RankZeroFailed:
         cause, is_said = "rank zero has failed", True  # it says why
     except KeyboardInterrupt:

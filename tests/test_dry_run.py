@@ -43,9 +43,9 @@ TINY = {
 MEASURE = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-import dry_run, train
+import memory, train
 
-def peak(): return dry_run.proc_bytes("/proc/self/status", "VmHWM")
+def peak(): return memory.proc_bytes("/proc/self/status", "VmHWM")
 
 class Transformer(train.Transformer):
     def __init__(self, config):
@@ -165,15 +165,6 @@ def test_the_memory_is_what_a_real_step_takes(changes, corpus, tmp_path):
     assert sum(parts) == pytest.approx(shown["peak of a step"], rel=0.01)  # nothing is hidden, nothing counts twice
 
 
-def test_the_activations_are_those_that_autograd_keeps():
-    """A model of one product: its backward pass needs the input alone, of B x T x D numbers, and the weight."""
-    layer, x = torch.nn.Linear(8, 8, bias=False), torch.zeros(2, 16, 8)
-    saved = dry_run.SavedTensors(layer)
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        layer(x.requires_grad_())
-    assert sum(saved.sizes.values()) == 2 * 16 * 8 * 4
-
-
 def test_the_parts_add_up_to_the_model():
     model = Transformer(tiny_config().model)
     lines = dry_run.parameters_by_part(model)
@@ -222,13 +213,6 @@ def out_of_memory_above(largest: int):
     return update
 
 
-def test_only_the_first_update_is_said_to_compile():
-    process = Process(0, 1, torch.device("cpu"))
-    process.progress.compiles = True
-    dry_run.measured(lambda process: None, process=process)
-    assert not process.progress.compiles
-
-
 def test_the_largest_batch_size_that_fits_is_named(capsys):
     """512 tokens are 16 sequences, so 5, 6 and 7 do not divide an update."""
     assert dry_run.dry_run(tiny_config(), ALONE, out_of_memory_above(7), []) == 1
@@ -239,27 +223,7 @@ def test_the_largest_batch_size_that_fits_is_named(capsys):
 
 def test_a_model_that_never_fits_is_said_so(capsys):
     assert dry_run.dry_run(tiny_config(), ALONE, out_of_memory_above(0), []) == 1
-    assert "not even --batch_size 1" in capsys.readouterr().out
-
-
-def test_a_batch_that_leaves_no_margin_does_not_fit(monkeypatch):
-    """A GPU's peak is simulated: 100 bytes for each sequence, of 850."""
-    peak = [0]
-
-    def step(model, *, batches, cfg, accumulation, process):
-        peak[0] = 100 * len(next(batches)[0])
-
-    class Gpu:
-        type = "cuda"
-
-    monkeypatch.setattr(dry_run, "memory_peak", lambda device: peak[0])
-    for name in ("reset_peak_memory_stats", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    process, model = Process(0, 1, Gpu()), torch.nn.Linear(1, 1)
-    cfg = tiny_config()
-    assert dry_run.try_update(step, model, cfg, process, free=840) is None
-    assert dry_run.try_update(step, model, cfg, process, free=850) is not None
-    assert dry_run.try_update(step, model, replace(cfg, batch_size=4), process, free=840) is not None
+    assert "not even --batch_size 1 does: pass --activation_checkpointing all" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_too_small_is_named(monkeypatch, capsys):
@@ -317,13 +281,15 @@ def test_an_old_run_stays_and_nothing_is_written(tmp_path, monkeypatch, capsys):
         assert name in out, name
 
 
-def test_two_processes_measure_together_and_one_prints(tmp_path):
+@pytest.mark.parametrize("batch_size", [8, "auto"])  # 24 sequences for each process are 3 x 8
+def test_two_processes_measure_together_and_one_prints(batch_size, tmp_path):
     out = run_python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"), "--dry_run"),
-        *words(TINY | {"total_batch_size": 1536, "document_mask": True}),
+        *words(TINY | {"total_batch_size": 1536, "document_mask": True, "batch_size": batch_size}),
         cwd=tmp_path,
     )
     assert out.count("peak of a step") == 1 and "1,536 = 2 x 3 x 8 x 32" in out
+    assert out.count("batch_size: 8 is the largest power of two that fits") == (batch_size == "auto")
     assert not list(tmp_path.iterdir())
 
 

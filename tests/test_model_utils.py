@@ -1,6 +1,7 @@
 """model_utils.py: the wrapped model. The tests need only a CPU and no network."""
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model_utils
 from config import config_as_dict
+from memory import SavedTensors
 from model import ModelConfig, Transformer
 from model_utils import (
     MixedPrecision,
     autocast,
     cast_weights,
+    checkpoint_activations,
     flops_per_token,
+    place_model,
     wrap_model,
 )
 from optimizers import build_optimizers, with_recipe
@@ -204,10 +208,78 @@ def test_gradients_are_sent_in_float32_while_earlier_blocks_still_go_backward(mo
     assert {dtype for dtype, _ in sent} == {torch.float32}
     assert sorted(name for _, parameters in sent for name in parameters) == sorted(names.values())
     assert len(sent) > 4 and "output.weight" in sent[0][1] and "tok_embeddings.weight" in sent[-1][1]
-    for block in range(
-        4
-    ):  # all of a later block is sent before the first gradient of the block before the last is there
+    for block in range(4):  # two blocks later, all is sent before the first gradient of this block is there
         there = events.index(("there", None, [f"layers.{block}.attention.wq.weight"]))
         before = {name for what, _, parameters in events[:there] if what == "sent" for name in parameters}
         for later in range(block + 2, 4):
             assert {name for name in names.values() if f"layers.{later}." in name} <= before, (block, later)
+
+
+# ---------------------------------------------------------------- activations that are computed again
+
+
+DEEP = replace(TINY, n_layers=3)
+
+
+def two_updates(which: str, dtype: str, compiles: bool, mask: bool = False) -> tuple[list, dict, int, Counter]:
+    """The losses and weights of two updates of two micro-steps each; the bytes that autograd keeps for the first
+    backward pass; and how often each matrix of the first block is cast to bfloat16."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = place_model(Transformer(DEEP), torch.device("cpu"))
+    cfg = replace(ORIGINAL, dtype=dtype, compile=compiles, activation_checkpointing=which, optimizer="adamw")
+    optimizers = build_optimizers(model, with_recipe(cfg))
+    wrapped = wrap_model(model, optimizers, cfg, Process(0, 1, torch.device("cpu")))
+    tokens, targets = torch.randint(1, 512, (2, 2, 2, 32))
+    positions = torch.arange(32).remainder(20).expand(2, -1) if mask else None
+    saved, losses, casts = SavedTensors(wrapped), [], Casts()
+    with nullcontext() if compiles else casts:  # nothing is compiled while Casts looks on
+        for _ in range(2):
+            for x, y in zip(tokens, targets, strict=True):
+                first = not losses
+                with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack) if first else nullcontext():
+                    losses.append(wrapped(x, y, positions=positions))
+                losses[-1].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                losses.append(model(tokens[0], targets[0]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if compiles else 0)  # a block, and the loss
+    counts = Counter({n: casts.counts[p.data_ptr()] for n, p in model.layers[0].named_parameters() if p.dim() == 2})
+    return [loss.item() for loss in losses], model.state_dict(), sum(saved.sizes.values()), counts
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compiles", "mask"),
+    [
+        ("float32", False, False),
+        ("bfloat16", False, False),
+        ("float32", False, True),
+        pytest.param("float32", True, False, marks=pytest.mark.slow),
+        pytest.param("bfloat16", True, False, marks=pytest.mark.slow),
+    ],
+)
+def test_activations_computed_again_change_no_bit_and_take_less_memory(dtype, compiles, mask):
+    results = {which: two_updates(which, dtype, compiles, mask) for which in ("none", "blocks", "all")}
+    losses, weights, _, counts = results["none"]
+    for which in ("blocks", "all"):
+        assert results[which][0] == losses, which
+        for name, weight in weights.items():
+            assert torch.equal(results[which][1][name], weight), (which, name)
+        # The second pass has the casts of the first. The float32 weights would be cast again.
+        assert results[which][3] == counts, which
+    assert results["all"][2] < results["blocks"][2] < results["none"][2]
+    assert compiles or set(counts.values()) == ({2} if dtype == "bfloat16" else {0})  # once an update
+
+
+def test_names_and_evaluations_do_not_notice_that_activations_are_computed_again(monkeypatch):
+    model = Transformer(TINY)
+    names, tokens = list(model.state_dict()), torch.randint(512, (2, 16))
+    logits = model(tokens)
+    checkpoint_activations(model, "all")
+    assert list(model.state_dict()) == names == list(dict(model.named_parameters()))
+    monkeypatch.setattr(model_utils, "checkpoint", lambda *_, **__: pytest.fail("nothing goes backward here"))
+    with torch.no_grad():
+        assert torch.equal(model(tokens), logits)

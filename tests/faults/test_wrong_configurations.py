@@ -411,7 +411,7 @@ COMBINED = {
     ],
     # A field that cannot be read still has its default. No sentence may speak of that value.
     "--batch_size abc --total_batch_size 1025 --model.n_heads x --model.dim 770 --seed -1": [
-        "batch_size=abc: must be a whole number",
+        "batch_size=abc: must be a whole number or auto",
         "model.n_heads=x: must be a whole number",
         "seed=-1: must be 0 or more",
     ],
