@@ -58,12 +58,12 @@ FAILED = "failed; the reason is above, on stderr"
 
 
 def said_by(*command: str) -> str:
-    """What a command prints. "unknown" where it is missing or fails."""
+    """The lines that a command prints, each once. "unknown" where it is missing or fails."""
     try:
         run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return ", ".join(run.stdout.strip().splitlines())
+    return "; ".join(dict.fromkeys(run.stdout.strip().splitlines()))
 
 
 def facts() -> dict[str, str]:
@@ -74,7 +74,8 @@ def facts() -> dict[str, str]:
     if DEVICE.type == "cuda":
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         found["GPUs"] = "; ".join(f"{g.name}, {g.total_memory / 2**30:.1f} GiB, sm_{g.major}{g.minor}" for g in gpus)
-        found["driver, power limit"] = said_by("nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv")
+        query = "--query-gpu=driver_version,power.limit", "--format=csv,noheader"
+        found["driver, power limit"] = said_by("nvidia-smi", *query)
         found["CUDA"] = torch.version.cuda or f"HIP {torch.version.hip}"
         found["cuDNN"] = str(torch.backends.cudnn.version())
         has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()

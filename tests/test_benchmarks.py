@@ -274,6 +274,21 @@ def test_gpu_begins_nothing_when_the_time_is_over(on_this_cpu, capsys):
     assert json.loads(output)["ways"] == {} and "--minutes gives more" in tables
 
 
+def test_gpu_names_the_cards_and_the_versions(monkeypatch):
+    """On a made-up machine of two GPUs, without nvidia-smi. It is the first that gpu.py does on a real one."""
+    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(gpu, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(gpu, "machine", lambda: "H100, bfloat16")
+    monkeypatch.setattr(gpu.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_properties", lambda i: card)
+    monkeypatch.setattr(gpu.torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(gpu.torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setenv("PATH", "")
+    found = gpu.facts()
+    assert found["GPUs"] == "; ".join(["NVIDIA H100 80GB HBM3, 80.0 GiB, sm_90"] * 2)
+    assert (found["NCCL"], found["driver, power limit"], found["commit"]) == ("2.28.9", "unknown", "unknown")
+
+
 def test_gpu_refuses_the_original_shape_without_a_gpu(on_this_cpu):
     with pytest.raises(SystemExit, match="torch finds no GPU on this machine; --shape tiny tries"):
         on_this_cpu()
