@@ -27,10 +27,11 @@ from hardware import device_name, dtype_name, fastest_dtype, peak_flops
 from model import ModelConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The original shape, as in train.py's CONFIGURATION, and a small shape that a laptop can train.
+# The original shape, as in train.py's CONFIGURATION; a small shape that a laptop can train; a tiny one for tests.
 SHAPES = {
     "original": {"dim": 768, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8, "vocab_size": 128_256},
     "small": {"dim": 256, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 8192},
+    "tiny": {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 512},
 }
 
 
@@ -113,7 +114,9 @@ def _serve(pipe, make: Callable, args: tuple) -> None:
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
             result = {"seconds": time.perf_counter() - began, "peak_gib": _peak_memory()} | result
-            if platform.system() == "Linux":
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()  # another process may need it
+            elif platform.system() == "Linux":
                 # Give freed memory back to the system, else it counts for the next way. This takes a second for
                 # gigabytes. Do it before the answer: afterwards another process works, or the matmul rate is measured.
                 ctypes.CDLL(None).malloc_trim(0)

@@ -10,6 +10,7 @@ for each process, the script compares tokens a second for each GPU.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,30 +30,41 @@ TOKENS = 16 * 256  # of a step, over all processes
 SKIPPED = 3  # first steps, which compile
 
 
-def run(processes: int, data_root: str, steps: int) -> dict:
-    """Run train.py for SKIPPED + `steps` steps. Returns the tokens a second of the median step, and the last loss."""
+def train(processes: int, fields: dict) -> list[dict]:
+    """Run train.py with the values of `fields`, and with nothing along the way but its updates.
+
+    Returns metrics.jsonl's rows of the updates. Raises subprocess.CalledProcessError if train.py fails. It says why.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with tempfile.TemporaryDirectory() as out_dir:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        fields = {f"model.{name}": value for name, value in SHAPES["small"].items()} | {
-            "model.max_seq_len": 256,
-            "data_root": data_root,
+        fields = {
             "out_dir": out_dir,
-            "batch_size": TOKENS // 256 // processes,
-            "total_batch_size": TOKENS,
-            "max_steps": SKIPPED + steps,
-            "optimizer": "adamw",  # muon.py measures the other
-            "warmup_steps": SKIPPED,
             "val_every": 0,
-            "val_tokens": TOKENS,
             "hellaswag_every": 0,
             "generate_every": 0,
             "save_every": 0,
-        }
+        } | fields
         flags = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-        command = [*(torchrun if processes > 1 else [sys.executable]), str(TRAIN), *flags]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, *(torchrun if processes > 1 else []), str(TRAIN), *flags]
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "train_loss" in row]
+    return [row for row in map(json.loads, lines) if "tokens_per_sec" in row]
+
+
+def run(processes: int, data_root: str, steps: int) -> dict:
+    """Train for SKIPPED + `steps` steps. Returns the tokens a second of the median step, and the last loss."""
+    fields = {f"model.{name}": value for name, value in SHAPES["small"].items()} | {
+        "model.max_seq_len": 256,
+        "data_root": data_root,
+        "batch_size": TOKENS // 256 // processes,
+        "total_batch_size": TOKENS,
+        "max_steps": SKIPPED + steps,
+        "optimizer": "adamw",  # muon.py measures the other
+        "warmup_steps": SKIPPED,
+        "val_tokens": TOKENS,
+    }
+    rows = train(processes, fields)
     return {
         "tokens_per_sec": statistics.median(row["tokens_per_sec"] for row in rows[SKIPPED:]),
         "last_loss": rows[-1]["train_loss"],

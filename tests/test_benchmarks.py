@@ -1,15 +1,17 @@
-"""benchmarks/: the tables that all.py writes, the choice of the peer's fastest way, and what recipes.py asks of
-train.py; and that loader.py runs. Nothing is measured here."""
+"""benchmarks/: the tables that all.py writes, the choice of the peer's fastest way, gpu.py in small, what recipes.py
+asks of train.py, and that loader.py runs. No figure counts here."""
 
 import importlib
 import json
 import math
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # last, because it has a generate.py too
 
@@ -20,7 +22,7 @@ from model import ModelConfig
 from run_config import read_config
 from train import CONFIGS
 
-benchmarks, recipes = importlib.import_module("all"), importlib.import_module("recipes")
+benchmarks, gpu, recipes = (importlib.import_module(name) for name in ("all", "gpu", "recipes"))
 ROW, OTHER_ROW = "generation, greedy", "generation, sampled"
 
 
@@ -179,6 +181,118 @@ def test_scripts_that_train_on_random_tokens_build_their_ways(monkeypatch, tmp_p
     monkeypatch.setattr(checkpoint, "keep_freed_memory", lambda: None)
     tiny = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=512, multiple_of=32, max_seq_len=32)
     assert checkpoint.make_ways(tiny, (1, 32), str(tmp_path))
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+class WorkerHere:
+    """As common.Worker, but it works in this process. Memory runs out at a batch of 4, and uncompiled at one of 2."""
+
+    def __init__(self, make, config, shape, *args):
+        self.ways, self.batch_size, self.first = make(config, shape, *args), shape[0], {}
+        self.names = list(self.ways)
+
+    def turn(self, name: str) -> dict:
+        if self.batch_size == 4 or (self.batch_size == 2 and name == "ours, float32"):
+            raise common.WorkerEnded(common.OUT_OF_MEMORY)
+        result = self.ways[name]() | {"peak_gib": 1.0}
+        self.first.setdefault(name, result)
+        return result
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.fixture
+def on_this_cpu(monkeypatch):
+    """Runs gpu.py with the words given. The "compiled" ways do not compile, and turns are short."""
+    train_step = importlib.import_module("train_step")
+    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: None)
+    monkeypatch.setitem(train_step.STANCES, ", compiled", "force_eager")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # for train.py
+    for module in (common, gpu):
+        monkeypatch.setattr(module, "Worker", WorkerHere)
+    for name, value in {"DEVICE": torch.device("cpu"), "TURN": 3, "UPDATE": 2, "UPDATES": 2}.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "peak_flops", lambda *args: (1e12, "measured"))
+
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
+        gpu.main()
+
+    return run
+
+
+def test_gpu_prints_a_row_for_each_way_and_one_where_memory_runs_out(on_this_cpu, capsys):
+    sizes = ("--batch_sizes", "1", "2", "4", "8")
+    on_this_cpu("--shape", "tiny", "--seq_len", "32", *sizes, "--dtypes", "float32", "float16", "--json")
+    output, tables = capsys.readouterr()
+    ways = json.loads(output)["ways"]
+    ours, theirs = "ours, float32, compiled", next(way for way in ways if "Hugging" in way and way.endswith(", 2"))[:-3]
+    failed = {way for way, figures in ways.items() if figures == {"failed": "memory ran out"}}
+    assert failed == {
+        "ours, float32, 2",
+        f"{ours}, 4",
+        f"{theirs}, 4",
+        "ours, float16, 4",
+        "ours, float16, compiled, 4",
+    }
+    peers = {f"Hugging Face, float32, {''.join(peer)}" for peer in gpu.PEERS}
+    assert {f"{theirs}, 1", *(f"{way}, trial, 1" for way in peers - {theirs})} <= ways.keys()
+    assert {f"{theirs.replace('float32', 'float16')}, 1"} == {w for w in ways if "Hugging Face, float16" in w}
+    assert all(figures["share_of_peak"] > 0 for way, figures in ways.items() if way not in failed)
+    assert ways[f"{ours}, 2"].keys() >= {"peak_gib", "first_step_seconds"}
+    fastest = max((1, 2), key=lambda size: ways[f"{ours}, {size}"]["tokens_per_sec"])
+    assert ways[f"train.py, float32, 1 process, {fastest}"]["tokens_per_sec"] > 0
+    rows = [tuple(line.split(" | ")[:2]) for line in tables.splitlines() if line.startswith("| ") and "way" not in line]
+    assert [f"{way[2:]}, {size}" for way, size in rows if size.isdigit()] == list(ways)  # printed in the same order
+    assert "| ours, float32 | 2 | memory ran out | - | - | - |" in tables
+
+
+def test_gpu_takes_all_gpus_and_goes_on_after_a_run_that_failed(monkeypatch, capsys):
+    runs = []
+
+    def train(processes, fields):
+        runs.append((processes, fields["total_batch_size"] // fields["batch_size"] // fields["model.max_seq_len"]))
+        if processes == 2:
+            raise subprocess.CalledProcessError(1, "train.py")
+        return [{"tokens_per_sec": 100.0 * processes, "mfu": 0.5}] * 5
+
+    monkeypatch.setattr(gpu, "train", train)
+    monkeypatch.setattr(gpu, "prepare", lambda *args, **flags: None)
+    monkeypatch.setattr(gpu.torch.cuda, "device_count", lambda: 6)
+    page = gpu.Page(sys.stdout, 32, 1.0, math.inf)
+    gpu.all_gpus(page, "float32", "tiny", [8])
+    assert runs == [(n, 8 * n) for n in (1, 2, 4, 6)]  # 64 sequences a GPU, 8 micro-steps
+    figures = [row.get("failed", row.get("tokens_per_sec")) for row in page.rows.values()]
+    assert figures == [100.0, gpu.FAILED, 400.0, 600.0]
+
+
+def test_gpu_begins_nothing_when_the_time_is_over(on_this_cpu, capsys):
+    on_this_cpu("--shape", "tiny", "--minutes", "0", "--json")
+    output, tables = capsys.readouterr()
+    assert json.loads(output)["ways"] == {} and "--minutes gives more" in tables
+
+
+def test_gpu_names_the_cards_and_the_versions(monkeypatch):
+    """On a made-up machine of two GPUs, without nvidia-smi. It is the first that gpu.py does on a real one."""
+    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(gpu, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(gpu, "machine", lambda: "H100, bfloat16")
+    monkeypatch.setattr(gpu.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_properties", lambda i: card)
+    monkeypatch.setattr(gpu.torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(gpu.torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setenv("PATH", "")
+    found = gpu.facts()
+    assert found["GPUs"] == "; ".join(["NVIDIA H100 80GB HBM3, 80.0 GiB, sm_90"] * 2)
+    assert (found["NCCL"], found["driver, power limit"], found["commit"]) == ("2.28.9", "unknown", "unknown")
+
+
+def test_gpu_refuses_the_original_shape_without_a_gpu(on_this_cpu):
+    with pytest.raises(SystemExit, match="torch finds no GPU on this machine; --shape tiny tries"):
+        on_this_cpu()
 
 
 # ---------------------------------------------------------------- recipes
