@@ -78,8 +78,8 @@ class Config:
     keep_checkpoints: int  # newest ones kept, besides the best
     profile: int  # steps recorded with torch.profiler, into the folder of the run; 0 records none
     resume: bool | str  # True: go on from the newest checkpoint in out_dir, if there is one. best, a path: go back
-    # Updates in a row that may be left out because a loss or gradient is not finite. 0: none. float16's overflows do not
-    # count, as long as a smaller loss scale may mend them
+    # Updates in a row that may be left out because a loss or gradient is not finite. 0: none. Overflows of float16 that
+    # a smaller loss scale may mend do not count
     skip_nonfinite: int
     init_from: str  # Llama 3 in Hugging Face's layout, or a checkpoint, whose weights a new run begins with; "": none
 

@@ -193,9 +193,10 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     n, count = (1024, 1) if device.type == "cpu" else (4096, 10)
     # A generator of its own leaves a resumed run the random state that its checkpoint has.
     a = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    if device.type != "cpu":
+        multiply(a, count)  # the first products load the library, pick a kernel, and raise the clock
     seconds = []
-    multiply(a, count)  # the first products load the library, pick a kernel, and raise the clock
-    while len(seconds) < 10 and sum(seconds) < 0.5:  # an emulated bf16 product takes seconds
+    while len(seconds) < 10 and sum(seconds) < 0.5:  # an emulated product takes seconds on a CPU
         began = time.perf_counter()
         multiply(a, count)
         seconds.append(time.perf_counter() - began)
