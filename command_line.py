@@ -4,9 +4,12 @@ The scripts take FlagParser. train.py, whose flags are the fields of a dataclass
 """
 
 import argparse
+import os
 import re
+import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, NoReturn
@@ -24,6 +27,11 @@ def shown(value: Any) -> str:
     text = str(value)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def joined(words: Sequence[str]) -> str:
+    """One line for a shell."""
+    return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)
 
 
 def is_flag(word: str) -> bool:

@@ -35,7 +35,7 @@ class Config:
     # Batch and length of the run
     total_batch_size: int  # tokens an optimizer step, over all processes
     # Sequences a micro-step in each process; lower it when memory runs out. auto: the largest power of two that fits,
-    # found by updates on random ids before the run
+    # found by updates on random ids before the run; on a CPU one that surely fits
     batch_size: int | Literal["auto"]
     max_steps: int  # optimizer steps
 

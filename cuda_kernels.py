@@ -27,7 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
 
     CUDA's kernels that take a dense mask, or float32, need as many key/value heads as query heads. So do those of cards
     without bfloat16. Otherwise torch falls back to a kernel that holds all T x S scores (pytorch 139586, transformers
-    48633). One query has few scores.
+    48633). One query has few scores, so nothing is repeated for it; which is faster was not measured.
     """
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)

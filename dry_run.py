@@ -46,11 +46,11 @@ def dry_run(cfg: Config, process: Process, update: Callable, notes: list[str]) -
         update: train.py's, handed over because no file imports train.py.
         notes: lines to print first; they name the configuration.
     """
+    before = memory_taken(process.device)
     if cfg.batch_size == "auto":
         cfg = replace(cfg, batch_size=find_batch_size(cfg, process, update))
     process.print(*notes, packed(config_as_dict(cfg)), sep="\n")
     torch.manual_seed(cfg.seed)
-    before = memory_taken(process.device)
     free = memory_free(process.device)
     model, optimizers, wrapped, step = build_trial(cfg, process, update)
     process.print(table("parameters", parameters_by_part(model)))

@@ -10,16 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from threads import CGROUP
+
 import torch
 from torch import Tensor, nn
 
 from checkpoints import checkpoint_bytes
 from config import Config
 from environment import local_world_size
+from json_files import read_object
 from model import Transformer
 from model_utils import place_model, wrap_model
 from optimizers import build_optimizers
-from processes import Process, gather, sum_over_processes
+from processes import Process, gather, run_on_rank_zero, sum_over_processes
 
 MARGIN = 0.95  # share of a GPU's free memory that may be taken: the allocator leaves gaps, evaluations need some too
 
@@ -120,7 +123,10 @@ def smaller_batch_sizes(cfg: Config, process: Process) -> list[int]:
 
 def find_batch_size(cfg: Config, process: Process, update: Callable) -> int:
     """What `--batch_size auto` means here: the largest power of two that fits the device of every rank, and divides the
-    update. Nothing is left of the search but the compiler's cache on the disk.
+    update. On a CPU, where nothing may be tried, it is one that surely fits. Nothing is left of the search but the
+    compiler's cache on the disk.
+
+    A run that goes on in its own folder keeps the size that it had, because another one would round otherwise.
 
     Args:
         update: train.py's.
@@ -128,14 +134,31 @@ def find_batch_size(cfg: Config, process: Process, update: Callable) -> int:
     Raises:
         ValueError: not even one sequence fits, or nothing tells how much memory is free; on every rank alike.
     """
+    if found := run_on_rank_zero(partial(recorded_batch_size, cfg, process.world_size), process):
+        process.print(f"batch_size: {found}, as the run had before")
+        return found
+    process.print("batch_size: looking for what fits; every size that is tried is compiled")
     try:
         found = largest_batch_size(cfg, process, update)
     finally:
         torch._dynamo.reset()  # the run may compile as often as without a search
         give_back(process.device)
         process.progress.doing("")
-    process.print(f"batch_size: {found} is the largest power of two that fits")
+    what = "the largest power of two that fits" if process.device.type == "cuda" else "a power of two that surely fits"
+    process.print(f"batch_size: {found} is {what}")
     return found
+
+
+def recorded_batch_size(cfg: Config, world_size: int) -> int:
+    """The batch size of the run in out_dir that this one goes on with; 0 if there is none, or if it does not divide the
+    update over so many processes."""
+    if cfg.resume not in (True, "best"):
+        return 0
+    with suppress(OSError, ValueError):  # there is no such run, or its file is damaged: then the run itself says so
+        size = read_object(Path(cfg.out_dir) / "config.json").get("batch_size")
+        if type(size) is int and size > 0 and cfg.total_batch_size % (size * world_size * cfg.model.max_seq_len) == 0:
+            return size
+    return 0
 
 
 def largest_batch_size(cfg: Config, process: Process, update: Callable) -> int:
@@ -187,9 +210,11 @@ def after_out_of_memory(cfg: Config, world_size: int) -> str:
     if cfg.activation_checkpointing != "all":
         which = "blocks" if advice and cfg.activation_checkpointing == "none" else "all"
         advice.append(f"--activation_checkpointing {which}")
+    least = f"take a shorter --model.max_seq_len than {cfg.model.max_seq_len}, or a smaller model"
     if not advice:
-        return f"take a shorter --model.max_seq_len than {cfg.model.max_seq_len}, or a smaller model"
-    return f"pass {' or '.join(advice)}; the update stays the same"
+        return least
+    smaller_update = f"; if that is not enough, {least}" if cfg.batch_size == 1 else ""
+    return f"pass {' or '.join(advice)}; the update stays the same{smaller_update}"
 
 
 # ---------------------------------------------------------------- what the machine says
@@ -228,8 +253,21 @@ def memory_free(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    available = proc_bytes("/proc/meminfo", "MemAvailable")
-    return available / local_world_size() if available else math.inf  # the processes of a machine share it
+    limits = [proc_bytes("/proc/meminfo", "MemAvailable"), container_bytes()]
+    return min([limit for limit in limits if limit], default=math.inf) / local_world_size()  # its processes share it
+
+
+def container_bytes() -> int | None:
+    """What the memory limit of a control group (version 2), as a container has, leaves; None where there is no limit.
+
+    The group's pages of files count as free, because the system gives them up first.
+    """
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return max(1, limit - used + int(counts["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # "max" is no number: there is no limit
+        return None
 
 
 def give_back(device: torch.device) -> None:

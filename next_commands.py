@@ -1,14 +1,13 @@
 """The commands that a run prints at its end. They can be pasted as they stand, where the run was started."""
 
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from command_line import joined
 from environment import local_world_size, world_size
 from flags import split_flags, words_of
 
@@ -25,9 +24,13 @@ def resume_command(config: str = "") -> str:
     return joined([*start_of_command(), *words_of(kept), *named, "--resume", "True"])
 
 
-def talk_command(run_dir: str, prompts: Sequence[str]) -> str:
-    """The command that lets the model of a run go on with one of its `prompts`; without one it asks for a text."""
+def talk_command(run_dir: str, prompts: Sequence[str], device: str = "auto") -> str:
+    """The command that lets the model of a run go on with one of its `prompts`; without one it asks for a text.
+
+    It names the run's `device` if that is the CPU: where torch cannot use the GPU, nothing else would go on.
+    """
     words = [python_as_typed(), str(Path(sys.argv[0]).with_name("generate.py")), "--checkpoint", run_dir]
+    words += ["--device", device] if device == "cpu" else []
     plain = [prompt for prompt in prompts if prompt.isprintable() and prompt[:1] not in ("", "-")]
     return joined([*words, *(["--prompt", plain[0]] if plain else [])])
 
@@ -75,11 +78,6 @@ def on_which_machines() -> str:
         return ""
     has_rank = any(word.lstrip("-").replace("-", "_").startswith("node_rank") for word in launcher_words())
     return " on each node, with its own --node_rank" if has_rank else " on each node"
-
-
-def joined(words: Sequence[str]) -> str:
-    """One line for a shell."""
-    return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def summary(cfg: Config, rows: Sequence[dict], first_step: int, seconds: float, 
     if has_report:
         lines.append(f"report      {out_dir / 'report.html'}")
     lines += [f"model       {path}" for path in checkpoints_in(out_dir / "checkpoints")[-1:]]
-    return [*lines, "to talk to it:", f"    {talk_command(cfg.out_dir, cfg.prompts)}"]
+    return [*lines, "to talk to it:", f"    {talk_command(cfg.out_dir, cfg.prompts, cfg.device)}"]
 
 
 def validation_words(row: dict) -> str:

@@ -15,6 +15,7 @@ where its data is prepared, and else the sample.
 
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -347,7 +348,8 @@ def main() -> int:
     except RankZeroFailed:
         cause, is_said = "rank zero has failed", True  # it says why
     except KeyboardInterrupt:
-        status, cause = 130, "interrupted before the run began; nothing has changed"
+        status = 128 + ((process and process.stop) or signal.SIGINT)
+        cause = "interrupted before the run began; nothing has changed"
     except Exception as error:
         if process and is_lost_connection(error):
             cause = f"lost the other ranks: {process.watch.failures(3)} ({str(error).splitlines()[0]})"

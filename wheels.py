@@ -5,7 +5,6 @@ nvidia-smi is started only where a GPU may be there that torch cannot use.
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from command_line import joined
 
 INDEX = "https://download.pytorch.org/whl"
 # The CUDA versions of the wheels that INDEX has of torch 2.13, in the order in which to try them. A wheel for 13.2 fits
@@ -83,11 +84,16 @@ def gpu_of_machine() -> Gpu | None:
             return None  # nvidia-smi is installed on machines without a GPU, too
         with suppress(OSError):
             driver = re.search(r"\b(\d{3,}\.[\d.]+)\b", DRIVER_FILE.read_text())
-    # Drivers before 2021 do not know the field compute_cap. Then the name and the capability stay unknown.
-    rows = nvidia_smi("--query-gpu=name,compute_cap", "--format=csv,noheader").splitlines()
-    row = re.fullmatch(r"(.+), (\d+)\.(\d+)", rows[0].strip()) if rows else None
     gpu = Gpu(driver=driver[1] if driver else "", cuda=cuda[1] if cuda else "")
-    return replace(gpu, name=row[1], capability=(int(row[2]), int(row[3]))) if row else gpu
+    if not header:  # it is missing, or the driver holds it
+        return gpu
+    # Drivers of branch 470 and older do not know the field compute_cap.
+    printed = (nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader") for fields in ("name,compute_cap", "name"))
+    rows = next(filter(None, printed), "").splitlines()
+    row = re.fullmatch(r"(.+?)(?:, (\d+)\.(\d+))?", rows[0].strip()) if rows else None
+    if not row:
+        return gpu
+    return replace(gpu, name=row[1], capability=(int(row[2]), int(row[3])) if row[2] else None)
 
 
 def covers(archs: Iterable[str], capability: tuple[int, int] | None) -> bool:
@@ -154,11 +160,12 @@ def cure(gpu: Gpu, archs: list[str]) -> str:
     fitting = [wheel for wheel in covering if int(wheel.partition(".")[0]) <= gpu.newest_cuda]
     if fitting:
         tag = f"cu{fitting[0].replace('.', '')}"
-        command = f"{shlex.quote(sys.executable)} -m pip install torch=={version}+{tag} --index-url {INDEX}/{tag}"
-        return f"`{command}` installs one that can"
+        words = [sys.executable, "-m", "pip", "install", f"torch=={version}+{tag}", "--index-url", f"{INDEX}/{tag}"]
+        return f"`{joined(words)}` installs one that can"
     if covering:
         oldest = min(OLDEST_DRIVER[int(wheel.partition(".")[0])] for wheel in covering)
-        return f"no torch {version} is for so old a driver: update it to {oldest} or newer"
+        unless = "" if gpu.capability else ", if that still supports this GPU"
+        return f"no torch {version} is for so old a driver: update it to {oldest} or newer{unless}"
     return f"no torch {version} is built for this GPU"
 
 

@@ -25,8 +25,11 @@ import torch
 
 from hardware import device_name, dtype_name, fastest_dtype, peak_flops
 from model import ModelConfig
+from wheels import cause_of_unused_gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu" and multiprocessing.parent_process() is None and (cause := cause_of_unused_gpu()):
+    print(f"on the CPU: {cause}", file=sys.stderr)
 # The original shape, as in train.py's CONFIGURATION; a small shape that a laptop can train; a tiny one for tests.
 SHAPES = {
     "original": {"dim": 768, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8, "vocab_size": 128_256},

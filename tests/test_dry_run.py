@@ -289,7 +289,7 @@ def test_two_processes_measure_together_and_one_prints(batch_size, tmp_path):
         cwd=tmp_path,
     )
     assert out.count("peak of a step") == 1 and "1,536 = 2 x 3 x 8 x 32" in out
-    assert out.count("batch_size: 8 is the largest power of two that fits") == (batch_size == "auto")
+    assert out.count("batch_size: 8 is a power of two that surely fits") == (batch_size == "auto")
     assert not list(tmp_path.iterdir())
 
 

@@ -142,6 +142,7 @@ def test_ranks_agree_on_what_fits_the_smallest_of_them(monkeypatch):
     gpu, cfg = SimulatedGpu(monkeypatch, 10**9), tiny_config(batch_size="auto", total_batch_size=2 * 64 * 128)
     monkeypatch.setattr(memory, "gather", lambda value, process: [value, 9.0])
     monkeypatch.setattr(memory, "sum_over_processes", lambda values, process: [float(gpu.tried[-1] == 8)])
+    monkeypatch.setattr(memory, "run_on_rank_zero", lambda work, process: work())
     monkeypatch.setattr(memory, "build_trial", lambda *_: (None, [], torch.nn.Sequential(), gpu.update))
     monkeypatch.setattr(torch.nn.Sequential, "module", torch.nn.Linear(1, 1), raising=False)
     assert memory.find_batch_size(cfg, replace(gpu.process, world_size=2), None) == 4
@@ -190,6 +191,30 @@ def test_processes_of_a_machine_share_its_free_memory(monkeypatch):
     assert memory.memory_free(torch.device("cpu")) == 400
 
 
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
+    """Its cached files can be given up. Without a limit the file says "max"."""
+    monkeypatch.setattr(memory, "proc_bytes", lambda *_: 10**12)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.memory_free(torch.device("cpu")) == 10**12
+    for name, text in (("max", "1000\n"), ("current", "700\n"), ("stat", "anon 500\ninactive_file 200\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.memory_free(torch.device("cpu")) == 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.memory_free(torch.device("cpu")) == 10**12
+
+
+def test_a_run_that_goes_on_keeps_its_size(monkeypatch, tmp_path):
+    """Another size would round otherwise. A size that does not divide the update over the processes is no use."""
+    monkeypatch.setattr(memory, "largest_batch_size", lambda *_: 16)
+    cfg = tiny_config(batch_size="auto", resume=True, out_dir=str(tmp_path))
+    assert memory.find_batch_size(cfg, ALONE, train.update) == 16
+    for recorded, found in (("4", 4), ("3", 16), ('"auto"', 16), ("true", 16), ("}", 16)):
+        (tmp_path / "config.json").write_text(f'{{"batch_size": {recorded}}}')
+        assert memory.find_batch_size(cfg, ALONE, train.update) == found
+    (tmp_path / "config.json").write_text('{"batch_size": 4}')
+    assert memory.find_batch_size(replace(cfg, resume=False), ALONE, train.update) == 16
+
+
 def test_where_nothing_tells_the_memory_a_number_is_asked_for(monkeypatch):
     monkeypatch.setattr(memory, "proc_bytes", lambda *_: None)
     with pytest.raises(ValueError, match=r"batch_size=auto: nothing says .* give a number"):
@@ -236,7 +261,10 @@ def test_a_run_is_that_of_the_number_found_and_its_records_have_it(tmp_path, mon
             "pass --batch_size 8 (or auto) or --activation_checkpointing all; the update stays the same",
         ),
         ({"batch_size": 16, "activation_checkpointing": "all"}, "pass --batch_size 8 (or auto); the update"),
-        ({"batch_size": 1}, "pass --activation_checkpointing all; the update stays the same"),
+        (
+            {"batch_size": 1},
+            "pass --activation_checkpointing all; the update stays the same; if that is not",
+        ),
         ({"batch_size": "auto"}, "pass --activation_checkpointing all; the update stays the same"),
         (
             {"batch_size": 1, "activation_checkpointing": "all"},

@@ -314,6 +314,7 @@ def test_the_command_that_resumes_is_the_one_typed_with_resume_true(started):
     assert resume_command() == "python code/train.py --resume True"
     assert resume_command("sample") == "python code/train.py --config sample --resume True"
     assert talk_command("runs/a", ()) == "python code/generate.py --checkpoint runs/a"
+    assert talk_command("runs/a", (), "cpu") == "python code/generate.py --checkpoint runs/a --device cpu"
 
 
 @pytest.mark.parametrize(

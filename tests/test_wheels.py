@@ -61,7 +61,12 @@ CPU_WHEEL = {"version": "2.13.0+cpu", "cuda": None, "archs": []}
         (NEW_HEADER.format("610.57.04", "13.3"), A100, CPU_WHEEL, "torch==2.13.0+cu130 --index-url {}/cu130`"),
         (HEADER.format("580.65.06", "13.0"), "Tesla V100-SXM2-16GB, 7.0\n", CPU_WHEEL, "torch==2.13.0+cu126 "),
         (HEADER.format("570.86.15", "12.8"), "NVIDIA GeForce RTX 5090, 12.0\n", {}, "torch==2.13.0+cu129 "),
-        (HEADER.format("470.82.01", "11.4"), A100, {}, "no torch 2.13.0 is for so old a driver: update it to 525 or "),
+        (
+            HEADER.format("470.82.01", "11.4"),
+            "Tesla K80\n",
+            {},
+            "update it to 525 or newer, if that still supports",
+        ),
         (HEADER.format("580.65.06", "13.0"), "NVIDIA GeForce GT 710, 3.5\n", {}, "no torch 2.13.0 is built for this G"),
         (HEADER.format("535.104.05", "12.2"), "", {}, "torch==2.13.0+cu126 "),  # a driver that knows no compute_cap
         (HEADER.format("535.104.05", "ERR!"), A100, {}, "torch==2.13.0+cu126 "),
