@@ -78,7 +78,7 @@ def test_the_cure_fits_the_driver_and_the_gpu(machine, header, rows, wheel, cure
     assert cure.format("https://download.pytorch.org/whl") in found
     newest = header.split()[-2]
     assert f" for CUDA {'12' if newest == 'ERR!' else newest} and older" in found
-    name, driver = rows.partition(",")[0] or "an NVIDIA GPU", header.split()[2]
+    name, driver = rows.strip().partition(",")[0] or "an NVIDIA GPU", header.split()[2]
     for word in (name, f"driver {driver} for CUDA 1", wheel.get("version", "2.13.0+cu130"), "--device cpu goes on"):
         assert word in found
     assert ("built for CUDA 13.0" if wheel == {} else "built without CUDA") in found and "\n" not in found
