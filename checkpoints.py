@@ -362,6 +362,8 @@ def check_run(path: Path, state: dict, cfg: Config) -> dict[str, list]:
         if state.get("loss_scale"):  # a run that was not in float16 has none, nor an older checkpoint
             check_values(state, {"loss_scale": dict})
             check_values(state["loss_scale"], {"scale": float, "_growth_tracker": int})
+            if state["loss_scale"]["scale"] <= 0:
+                raise ValueError(f"loss_scale is {state['loss_scale']['scale']}")
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path / STATE}: damaged ({error}); use an older checkpoint") from error
     was, now = LATER_FIELDS | flat(state["config"]), flat(config_as_dict(cfg))

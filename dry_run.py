@@ -30,6 +30,7 @@ from memory import (
     random_batches,
     size,
     smaller_batch_sizes,
+    stop_together,
     try_update,
 )
 from model import Transformer
@@ -48,7 +49,7 @@ def dry_run(cfg: Config, process: Process, update: Callable, notes: list[str]) -
     """
     before = memory_taken(process.device)
     if cfg.batch_size == "auto":
-        cfg = replace(cfg, batch_size=find_batch_size(cfg, process, update))
+        cfg = replace(cfg, batch_size=find_batch_size(cfg, process, update, notes.append))
     process.print(*notes, packed(config_as_dict(cfg)), sep="\n")
     torch.manual_seed(cfg.seed)
     free = memory_free(process.device)
@@ -108,6 +109,7 @@ def seconds_a_step(step: Callable, wrapped: nn.Module, cfg: Config, process: Pro
             if process.device.type != "cpu":
                 torch.accelerator.synchronize(process.device)
             seconds.append(time.perf_counter() - began)
+            stop_together(process)
         medians.append(statistics.median(seconds))
     return medians[0] + max(medians[-1] - medians[0], 0) * (accumulation - 1)
 

@@ -135,7 +135,7 @@ def logit_slices(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def slice_size(device: torch.device, row_bytes: int) -> int:
-    """C, for logits of `row_bytes` a token. On CUDA a power of two, for a 64th of the GPU's memory at most.
+    """C, for logits of `row_bytes` a token. On CUDA a power of two, for a 64th of the GPU's memory, or SLICE.
 
     Each slice reads and writes the gradient of the whole weight, so a GPU should have few. The size depends on the
     whole memory and not on what is free: the sums of a resumed run are then rounded as before.

@@ -22,7 +22,7 @@ from json_files import read_object
 from model import Transformer
 from model_utils import place_model, wrap_model
 from optimizers import build_optimizers
-from processes import Process, gather, run_on_rank_zero, sum_over_processes
+from processes import Process, agree_on_stop, gather, run_on_rank_zero, sum_over_processes
 
 MARGIN = 0.95  # share of a GPU's free memory that may be taken: the allocator leaves gaps, evaluations need some too
 
@@ -47,10 +47,15 @@ def build_trial(
 
 
 def measured(update: Callable, *args: Any, process: Process, **kwargs: Any) -> None:
-    """One update. Raises KeyboardInterrupt if a stop signal has come."""
+    """One update, or nothing if a stop signal has come."""
     update(*args, process=process, **kwargs)
     process.progress.compiles = False  # the first update has compiled
-    if process.stop:
+
+
+def stop_together(process: Process) -> None:
+    """Raises KeyboardInterrupt on all ranks if one of them has heard a stop signal."""
+    if stop := agree_on_stop(process):
+        process.watch.stop = stop
         raise KeyboardInterrupt
 
 
@@ -76,6 +81,9 @@ def try_update(step: Callable, wrapped: nn.Module, cfg: Config, process: Process
     or None if the updates do not fit on some rank.
 
     Two micro-steps are enough: in the second one the gradients of the first are there beside the activations.
+
+    Raises:
+        KeyboardInterrupt: a stop signal has come, on all ranks alike.
     """
     if process.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(process.device)
@@ -97,6 +105,7 @@ def try_update(step: Callable, wrapped: nn.Module, cfg: Config, process: Process
         model.zero_grad(set_to_none=True)
         give_back(process.device)
     [failed] = sum_over_processes([float(not fits)], process)
+    stop_together(process)
     return None if failed else sum(saved.sizes.values())
 
 
@@ -121,7 +130,7 @@ def smaller_batch_sizes(cfg: Config, process: Process) -> list[int]:
 # ---------------------------------------------------------------- the largest size
 
 
-def find_batch_size(cfg: Config, process: Process, update: Callable) -> int:
+def find_batch_size(cfg: Config, process: Process, update: Callable, say: Callable[[str], Any] = print) -> int:
     """What `--batch_size auto` means here: the largest power of two that fits the device of every rank, and divides the
     update. On a CPU, where nothing may be tried, it is one that surely fits. Nothing is left of the search but the
     compiler's cache on the disk.
@@ -130,14 +139,15 @@ def find_batch_size(cfg: Config, process: Process, update: Callable) -> int:
 
     Args:
         update: train.py's.
+        say: gets a line on what was found.
 
     Raises:
+        KeyboardInterrupt: a stop signal has come, on all ranks alike.
         ValueError: not even one sequence fits, or nothing tells how much memory is free; on every rank alike.
     """
     if found := run_on_rank_zero(partial(recorded_batch_size, cfg, process.world_size), process):
-        process.print(f"batch_size: {found}, as the run had before")
+        say(f"batch_size: {found}, as the run had before")
         return found
-    process.print("batch_size: looking for what fits; every size that is tried is compiled")
     try:
         found = largest_batch_size(cfg, process, update)
     finally:
@@ -145,7 +155,7 @@ def find_batch_size(cfg: Config, process: Process, update: Callable) -> int:
         give_back(process.device)
         process.progress.doing("")
     what = "the largest power of two that fits" if process.device.type == "cuda" else "a power of two that surely fits"
-    process.print(f"batch_size: {found} is {what}")
+    say(f"batch_size: {found} is {what}")
     return found
 
 

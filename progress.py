@@ -75,7 +75,7 @@ class AboveBar:
 
 
 class Progress:
-    """Follows a run. The main thread calls `begin`, `doing`, `micro_step`, `finished` and `said`, which take no time.
+    """Follows a run. The main thread calls `begin`, `doing`, `micro_step`, `updated` and `said`, which take no time.
 
     Args:
         watch: of the process.

@@ -254,9 +254,7 @@ def summary(run: Run) -> dict[str, str]:
         f"{run.benchmark} acc_norm, last": pick(last, "hellaswag_acc_norm", ".1%"),
         f"{run.benchmark} acc, last": pick(last, "hellaswag_acc", ".1%"),
         "tokens/s, median": pick(statistics.median, "tokens_per_sec", ",.0f"),
-        "updates left out, not finite": f"{len(steps)}: step {', '.join(steps[:5])}{' …' * (len(steps) > 5)}"
-        if steps
-        else "0",
+        "updates left out": f"{len(steps)}: step {', '.join(steps[:5])}{' …' * (len(steps) > 5)}" if steps else "0",
     }
 
 

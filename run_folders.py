@@ -81,7 +81,7 @@ class Run:
 
     @cached_property
     def left_out(self) -> list[tuple[float, float, float]]:
-        """The places of updates that were left out, because a loss or the gradient was not finite."""
+        """The places of updates that were left out: a loss or the gradient was not finite, or float16 overflowed."""
         return [
             place
             for place, row in zip(self.places, self.rows, strict=True)

@@ -177,8 +177,8 @@ def update(
 ) -> Update | None:
     """Update number `step`: accumulate, clip, learning rate, step. It takes a batch for each micro-step.
 
-    This process asks the device for all of it, and never waits for a number. Returns None, with nothing changed, if a
-    stop signal came before the last micro-step. dry_run.py measures this function.
+    This process asks the device for all of it, and waits for no number (but on mps). Returns None, with nothing
+    changed, if a stop signal came before the last micro-step. memory.py and dry_run.py measure this function.
     """
     began, mean_loss = time.perf_counter(), torch.zeros((), device=process.device)
     for micro_step in range(accumulation):
@@ -203,7 +203,8 @@ def update(
     done = Update(step, began, rates, gather_on_device(mean_loss, process), grad_norm, scale)
     for optimizer in optimizers:
         optimizer.found_inf = done.is_left_out  # where it is 1, the step changes nothing
-        optimizer.step()
+        if process.device.type != "mps" or done.is_finite:  # torch's step for mps may not look at it (pytorch 186360)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return done
@@ -233,6 +234,7 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str
     batches = data.windows.batches(state.step, cfg.max_steps, process.device)
     profiler = start_profiler(cfg.profile, Path(cfg.out_dir) / "profile", process)
     updates, stop = Updates(records, saver, cfg, process), agree_on_stop(process)
+    val_loss = math.inf  # of the model as it is now, if that was validated
     saved = -1 if start.checkpoint and not start.same_run else state.step
     process.progress.begin(cfg, state.step, saved)
     for step in range(state.step, cfg.max_steps + 1):
@@ -250,17 +252,16 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str
                 process=process,
             )
             if done:
-                state.step, missing = step, due_at(step, cfg)
-                updates.add(done)
+                state.step, missing, val_loss = step, due_at(step, cfg), math.inf
+                updates.add(done, is_awaited=bool(missing) or is_due(cfg.save_every, step))
                 profiler.step()
-            process.watch.end("after the update")
-            if not done:
+            else:
                 stop = agree_on_stop(process)
+            process.watch.end("after the update")
         must_save = state.step != saved and (stop or saved < 0 or step == cfg.max_steps or is_due(cfg.save_every, step))
         updates.record(everything=bool(missing or must_save or stop))
 
         # ---- along the way: what a stop signal leaves out here, the resumed run makes up
-        val_loss = math.inf
         if "val_loss" in missing and not stop:
             row, stop = validate(bare_model, data.val_streams, data.tokenizer, cfg, process)
             if row:
@@ -273,9 +274,9 @@ def train(cfg: Config, process: Process, saver: CheckpointSaver, notes: list[str
         if state.step != saved and (stop or must_save):  # a signal may have come meanwhile
             is_end = stop > 0 or step == cfg.max_steps
             saved = save(state, val_loss, cfg, data, saver, process, is_last=is_end)
-        elif is_best and step and state.step == saved:
+        elif is_best and state.step and state.step == saved:
             state.best_val_loss = val_loss
-            run_on_rank_zero(partial(mark_best, saver.folder, step), process)
+            run_on_rank_zero(partial(mark_best, saver.folder, state.step), process)
         # What takes longer comes after the save: torchrun kills 30 seconds after a signal.
         if "hellaswag_acc" in missing and not stop:
             row, stop = score_hellaswag(bare_model, data.examples, cfg, process)
@@ -323,7 +324,8 @@ def run(cfg: Config, process: Process, notes: list[str]) -> int:
         run_on_rank_zero(lock.acquire, process)
         process.watch.chores.append(lock.beat)
         if cfg.batch_size == "auto":
-            cfg.batch_size = find_batch_size(cfg, process, update)  # from here on, and in the records, it is a number
+            open_data(replace(cfg, batch_size=1), SAMPLE, process)  # the search takes long, so refusals come first
+            cfg.batch_size = find_batch_size(cfg, process, update, notes.append)  # the records have the number
         with CheckpointSaver(Path(cfg.out_dir) / "checkpoints", cfg.keep_checkpoints) as saver:
             process.watch.before_end = saver.wait
             return train(cfg, process, saver, notes)

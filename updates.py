@@ -8,6 +8,7 @@ import math
 import time
 from collections import deque
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -119,17 +120,19 @@ class Updates:
         self.scale_of_skipped = 0.0  # the loss scale of the last of them
         self.last = 0.0  # when the last recorded update was done
 
-    def add(self, update: Update) -> None:
+    def add(self, update: Update, *, is_awaited: bool) -> None:
+        """Wait for the updates that are not ahead; for this one too if it `is_awaited`."""
         self.pending.append(update)
         self.process.progress.updated(update.step)
-        if len(self.pending) > self.ahead:
-            self.pending[0].wait()
+        for one in islice(self.pending, max(0, len(self.pending) - (0 if is_awaited else self.ahead))):
+            one.wait()
 
     def record(self, *, everything: bool) -> None:
         """Record the updates that are there; with `everything`, wait for all of them.
 
         Raises:
-            ValueError: more updates in a row than `skip_nonfinite` were left out, on all ranks alike.
+            ValueError: more updates in a row than `skip_nonfinite` were left out, on all ranks alike. Overflows of
+                float16 that a smaller loss scale may mend do not count.
         """
         while len(self.pending) > (0 if everything else self.ahead):
             update = self.pending.popleft()

@@ -143,6 +143,7 @@ def test_ranks_agree_on_what_fits_the_smallest_of_them(monkeypatch):
     monkeypatch.setattr(memory, "gather", lambda value, process: [value, 9.0])
     monkeypatch.setattr(memory, "sum_over_processes", lambda values, process: [float(gpu.tried[-1] == 8)])
     monkeypatch.setattr(memory, "run_on_rank_zero", lambda work, process: work())
+    monkeypatch.setattr(memory, "agree_on_stop", lambda process: 0)
     monkeypatch.setattr(memory, "build_trial", lambda *_: (None, [], torch.nn.Sequential(), gpu.update))
     monkeypatch.setattr(torch.nn.Sequential, "module", torch.nn.Linear(1, 1), raising=False)
     assert memory.find_batch_size(cfg, replace(gpu.process, world_size=2), None) == 4

@@ -417,6 +417,22 @@ def ranks(tmp_path: Path, body: str, count: int = 2, *, before: str = "", port: 
             process.kill()
 
 
+def test_between_gpus_nccl_sends_and_gloo_agrees(monkeypatch):
+    """A number that processes agree on must not wait for a GPU."""
+    set_ranks(monkeypatch, 1, 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(processes, "own_store", lambda limit: torch.distributed.HashStore())
+    started, sums = [], []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: started.append((args, kwargs)))
+    monkeypatch.setattr(Watch, "start", lambda self: None)
+    device = torch.device("cuda", 1)
+    start_process(device, 60)
+    [((backend,), place)] = started
+    assert backend == "cpu:gloo,cuda:nccl" and place["device_id"] == device and place["timeout"] == timedelta(minutes=1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: sums.append(tensor.device.type))
+    assert sum_over_processes([1.0], Process(1, 2, device)) == [1.0] and sums == ["cpu"]
+
+
 def test_ranks_agree_learn_of_failures_and_compare_what_they_have(tmp_path):
     body = """
         assert gather(process.rank + 1.5, process) == [1.5, 2.5]

@@ -3,9 +3,12 @@
 import json
 import math
 import shutil
+import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_run
@@ -29,6 +32,7 @@ from run_config import read_config
 from updates import Update
 
 NAN, INF = math.nan, math.inf
+ALONE = Process(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +98,9 @@ def one_update_late(monkeypatch):
             super().__init__(*args)
             self.ahead = 1
 
-        def add(self, update):
+        def add(self, update, *, is_awaited):
             update._copied = LateEvent()
-            super().add(update)
+            super().add(update, is_awaited=is_awaited)
             waiting.append(sum(not update._copied.is_there for update in self.pending))
 
     monkeypatch.setattr(train, "Updates", Late)
@@ -106,7 +110,7 @@ def one_update_late(monkeypatch):
 def test_figures_that_come_late_are_the_same_and_none_is_lost(flags_for, tmp_path, one_update_late):
     changes = {"max_steps": 9, "val_every": 4, "save_every": 4, "log_every": 1}
     late = train_here(flags_for(tmp_path / "late", **changes))
-    assert late.status == 0 and one_update_late == [1] * 9
+    assert late.status == 0 and one_update_late == [1, 1, 1, 0, 1, 1, 1, 0, 0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Updates", updates.Updates)
         assert train_here(flags_for(tmp_path / "at_once", **changes)).status == 0
@@ -162,6 +166,21 @@ def test_an_update_that_is_left_out_changes_no_bit(flags_for, tmp_path, one_upda
     assert not all(map(torch.equal, *(checkpoint_of(tmp_path / "run", n)["model"].values() for n in (3, 4))))
 
 
+@contextmanager
+def stop_at(step: int):
+    """A stop signal comes before update `step`."""
+    real = train.update
+
+    def update(*args, process, **kwargs):
+        if args[3] == step:
+            process.watch.stop = 15
+        return real(*args, process=process, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "update", update)
+        yield
+
+
 def test_a_broken_update_is_reported_one_late_and_stops_the_run_before_anything_is_saved(
     flags_for, tmp_path, one_update_late
 ):
@@ -180,19 +199,91 @@ def test_a_step_that_is_due_for_a_save_is_checked_before_it_is_saved(flags_for, 
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000002"]
 
 
-def test_a_stop_signal_loses_no_update_that_was_asked_for(flags_for, tmp_path, one_update_late, monkeypatch):
-    real = train.update
-
-    def update(*args, process, **kwargs):
-        if args[3] == 6:
-            process.watch.stop = 15
-        return real(*args, process=process, **kwargs)
-
-    monkeypatch.setattr(train, "update", update)
-    result = train_here(flags_for(tmp_path, max_steps=9, save_every=0, val_every=0, log_every=1))
+def test_a_stop_signal_loses_no_update_that_was_asked_for(flags_for, tmp_path, one_update_late):
+    with stop_at(6):
+        result = train_here(flags_for(tmp_path, max_steps=9, save_every=0, val_every=0, log_every=1))
     assert result.status == 128 + 15
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5]
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000005"]
+
+
+def test_a_stop_signal_after_a_validation_keeps_the_mark_of_the_best(flags_for, tmp_path):
+    """The signal is heard in update 5. Step 4, which is saved then, has just been validated."""
+    flags = flags_for(tmp_path, max_steps=9, save_every=0, val_every=4)
+    with stop_at(5):
+        assert train_here(flags).status == 128 + 15
+    assert (tmp_path / "checkpoints/best").read_text() == "step_00000004\n"
+
+
+def test_after_a_stop_signal_no_further_micro_step_is_made(flags_for, tmp_path, monkeypatch):
+    passes = []
+    real = MixedPrecision.forward
+
+    def forward(self, *args, **kwargs):
+        passes.append(1)
+        if len(passes) == 5 * 4 + 1:  # the first of four micro-steps of update 6
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MixedPrecision, "forward", forward)
+    assert train_here(flags_for(tmp_path, max_steps=9, save_every=0, val_every=0)).status == 128 + 15
+    assert len(passes) == 5 * 4 + 1
+
+
+def made(step: int, began: float = 0.0) -> Update:
+    return Update(step, began, {"matrix": 0.1}, torch.ones(1), torch.ones(()), torch.ones(()))
+
+
+def test_the_wait_for_an_update_before_an_evaluation_is_part_of_it(one_update_late):
+    """Otherwise the watch would call an update done that the device may still be busy with."""
+    several = train.Updates(None, None, None, ALONE)
+    for step, is_awaited in ((1, False), (2, False), (3, True)):
+        several.add(made(step), is_awaited=is_awaited)
+    assert one_update_late == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("ahead", "begins", "ends", "seconds"),
+    [
+        (0, (0, 5, 12), (4, 9, 15), [4, 4, 3]),  # an evaluation lies between two updates
+        (1, (0, 1, 5), (4, 8, 13), [4, 4, 5]),  # each is asked for while the device is busy with the one before
+    ],
+)
+def test_an_update_takes_the_time_from_the_end_of_the_one_before(monkeypatch, ahead, begins, ends, seconds):
+    recorded, clock = [], iter(ends)
+    monkeypatch.setattr(updates.time, "perf_counter", lambda: next(clock))
+    log = SimpleNamespace(training=lambda step, seconds, row, left_out: recorded.append(seconds))
+    several = updates.Updates(log, None, SimpleNamespace(dtype="float32", skip_nonfinite=0), ALONE)
+    several.ahead = ahead
+    for step, began in enumerate(begins, start=1):
+        several.add(made(step, began), is_awaited=False)
+        several.record(everything=step == 3)
+    assert recorded == seconds
+
+
+def test_figures_leave_a_gpu_without_a_wait(monkeypatch):
+    """The copy goes on beside the process, and an event says when it is there."""
+    assert updates.Updates(None, None, None, replace(ALONE, device=torch.device("cuda", 0))).ahead == 1
+    assert updates.Updates(None, None, None, ALONE).ahead == 0
+    calls, real = [], torch.Tensor.to
+
+    def to(tensor, *args, **kwargs):
+        calls.append(("to", args, kwargs))
+        return real(tensor, "cpu")
+
+    class Event:
+        def record(self):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    update = made(1)
+    assert calls == [("to", ("cpu",), {"non_blocking": True}), "record"]
+    assert update.is_finite and calls[2:] == ["synchronize"]
 
 
 # ---------------------------------------------------------------- Muon
@@ -278,21 +369,6 @@ def test_float16_resumes_bit_for_bit_with_its_scale(half, flags_for, tmp_path):
     assert state["loss_scale"]["scale"] == rows_of(half, "loss_scale")[-1]["loss_scale"]
 
 
-@contextmanager
-def stop_at(step: int):
-    """A stop signal comes before update `step`."""
-    real = train.update
-
-    def update(*args, process, **kwargs):
-        if args[3] == step:
-            process.watch.stop = 15
-        return real(*args, process=process, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "update", update)
-        yield
-
-
 def test_ranks_agree_on_an_overflow(flags_for, tmp_path):
     scale = "import functools, torch, records\nrecords.peak_flops = lambda *args: (1e12, 'measured')\n"
     scale += "torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**24)\n"
@@ -336,7 +412,10 @@ def test_a_norm_that_is_not_finite_although_the_gradient_is_stops_the_run(flags_
     assert [row["loss_scale"] for row in rows_of(tmp_path, "skipped")] == [8.0]
 
 
-@pytest.mark.parametrize("wrong", [{"scale": "8"}, {"scale": 8.0, "_growth_tracker": -1}, [1], {"other": 1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"scale": "8"}, {"scale": 8.0, "_growth_tracker": -1}, {"scale": 0.0, "_growth_tracker": 0}, [1], {"other": 1.0}],
+)
 def test_a_damaged_loss_scale_is_named(half, flags_for, tmp_path, wrong):
     shutil.copytree(half, tmp_path / "run")
     rewrite_state(tmp_path / "run/checkpoints/step_00000016", loss_scale=wrong)
