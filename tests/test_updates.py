@@ -215,6 +215,13 @@ def test_a_stop_signal_after_a_validation_keeps_the_mark_of_the_best(flags_for, 
     assert (tmp_path / "checkpoints/best").read_text() == "step_00000004\n"
 
 
+def test_a_validation_marks_no_later_step_as_the_best(flags_for, tmp_path):
+    """Step 4 is validated, and step 6 is saved."""
+    with stop_at(7):
+        assert train_here(flags_for(tmp_path, max_steps=9, save_every=6, val_every=4)).status == 128 + 15
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000006"]
+
+
 def test_after_a_stop_signal_no_further_micro_step_is_made(flags_for, tmp_path, monkeypatch):
     passes = []
     real = MixedPrecision.forward
