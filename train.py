@@ -355,6 +355,8 @@ def main() -> int:
     except Exception as error:
         if process and is_lost_connection(error):
             cause = f"lost the other ranks: {process.watch.failures(3)} ({str(error).splitlines()[0]})"
+        elif process and process.stop and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            status, cause = 128 + process.stop, "interrupted while compiling"  # Ctrl-C has ended the C++ compiler, too
         else:
             cause = f"{type(error).__name__}: {error}"
             traceback.print_exc()

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import copy_checkpoint
-from ranks import Ranks, assert_same_bits, checkpoint_of, driver, is_running, rows_of, wait_until
+from ranks import (
+    Ranks,
+    assert_same_bits,
+    checkpoint_of,
+    descendants,
+    driver,
+    is_running,
+    rows_of,
+    wait_until,
+)
 from tiny_run import STEPS, plain_environment, start_run, tiny_corpus, tiny_flags, write_questions
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
@@ -267,3 +276,25 @@ def test_the_best_checkpoint_stays_the_best_after_its_validation_was_made_up(fla
     assert (tmp_path / "run/checkpoints/best").read_text() == "step_00000020\n"
     assert checkpoint_of(tmp_path / "run", 40)["best_val_loss"] == 1.0
     assert checkpoint_of(tmp_path / "run", 20)["step"] == 20
+
+
+def test_ctrl_c_that_also_ends_the_compiler_is_no_error(flags, tmp_path):
+    """A terminal sends it to all processes of its group: to the C++ compiler, whose end the run sees as a failure."""
+    env = plain_environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    process = start_run(flags(tmp_path / "run", compile=True), env=env, start_new_session=True)
+    try:
+        wait_until(lambda: any(is_compiler(pid) for pid in descendants(process.pid)))
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGINT and b"Traceback" not in err, (out, err)
+
+
+def is_compiler(pid: int) -> bool:
+    """Whether a process compiles a kernel of the model. The first files only ask the compiler what it can do."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return False
+    return b".main.cpp" in words
