@@ -378,7 +378,8 @@ def main() -> int:
         prompt = read_prompt(args)
         device = pick_device(args.device)
         model, checkpoint = load_model(args.checkpoint, device)
-        cast_parameters(model, dtype_as_trained(device, checkpoint.get("dtype")))
+        if trained_in := checkpoint.get("dtype"):
+            cast_parameters(model, dtype_as_trained(device, trained_in))
         tokenizer = Tokenizer(vocab_size=model.config.vocab_size)
         generator = seeded(args.seed, device)
         if prompt is not None:
