@@ -278,6 +278,7 @@ def test_the_best_checkpoint_stays_the_best_after_its_validation_was_made_up(fla
     assert checkpoint_of(tmp_path / "run", 20)["step"] == 20
 
 
+@pytest.mark.faults
 def test_ctrl_c_that_also_ends_the_compiler_is_no_error(flags, tmp_path):
     """A terminal sends it to all processes of its group: to the C++ compiler, whose end the run sees as a failure."""
     env = plain_environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
