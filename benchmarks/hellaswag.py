@@ -40,7 +40,7 @@ import hellaswag_utils
 from hardware import dtype_name, fastest_dtype, keep_freed_memory
 from hellaswag_utils import Example, choose, load_examples, score
 from model import ModelConfig, Transformer
-from model_utils import flops_per_token, place_model
+from model_utils import autocast, flops_per_token, place_model
 from tokenizer import Tokenizer
 
 # Tokens of WikiHow's rows, then of ActivityNet's: mean and deviation of a context, mean and deviation of an ending
@@ -87,7 +87,7 @@ class Arithmetic:
         @torch.inference_mode()
         def run() -> dict:
             self.flops = 0
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            with autocast(DEVICE, getattr(torch, dtype)):
                 chosen = choices()
             return {"flops": self.flops, "choices": chosen}
 
@@ -181,7 +181,7 @@ def take_faster_attention(model: torch.nn.Module, examples: Sequence[Example], d
     tokens, seconds = padded(texts[:batch_size]), {"sdpa": math.inf, "eager": math.inf}
     for name in 3 * list(seconds):  # the first times are slow, so the least counts
         model.set_attn_implementation(name)
-        with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.inference_mode(), autocast(DEVICE, getattr(torch, dtype)):
             began = time.perf_counter()
             model.model(tokens, use_cache=False)[0].sum().item()  # .item() waits for the device
         seconds[name] = min(seconds[name], time.perf_counter() - began)

@@ -39,7 +39,7 @@ TINY = {
     "device": "cpu",
     "compile": False,
 }
-# Trains three steps as train.py does, and prints by how much the peak memory has grown since the model was built.
+# Trains twelve steps as train.py does, and prints by how much the peak memory has grown since the model was built.
 MEASURE = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -152,7 +152,7 @@ OTHER_SHAPE = {
 def test_the_memory_is_what_a_real_step_takes(changes, corpus, tmp_path):
     sample = {f"model.{name}": value for name, value in config_as_dict(train.SAMPLE.model).items()}
     sample |= {name: getattr(train.SAMPLE, name) for name in ("batch_size", "total_batch_size", "optimizer")}
-    fields = sample | changes | {"data_root": corpus, "out_dir": "run", "max_steps": 3, "device": "cpu"}
+    fields = sample | changes | {"data_root": corpus, "out_dir": "run", "max_steps": 12, "device": "cpu"}
     fields |= dict.fromkeys(("val_every", "hellaswag_every", "generate_every", "save_every"), 0) | {"val_tokens": 2048}
     out = run_python(str(ROOT / "train.py"), *words(fields), "--dry_run", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -160,7 +160,8 @@ def test_the_memory_is_what_a_real_step_takes(changes, corpus, tmp_path):
     real = run_python("-c", MEASURE, str(ROOT), *words(fields), cwd=tmp_path)
     growth = max(int(figure) for figure in re.findall(r"GROWTH (\d+)", real))
     print(f"shown {shown}, grown {growth}, ratio {shown['peak of a step'] / growth:.3f}")
-    assert shown["peak of a step"] == pytest.approx(growth, rel=0.2)  # the heap differs by a tenth from run to run
+    # In the first steps the heap still grows by a tenth, so three would not show it whole.
+    assert shown["peak of a step"] == pytest.approx(growth, rel=0.15)
     parts = [value for name, value in shown.items() if name != "peak of a step"]
     assert sum(parts) == pytest.approx(shown["peak of a step"], rel=0.01)  # nothing is hidden, nothing counts twice
 
